@@ -1,0 +1,39 @@
+"""The auction: allocation, prices and incentive compatibility of one page of ads. NumPy only; imports no other room.
+
+Units: bids, prices and reserves in currency per click; CTRs are probabilities.
+"""
+
+from __future__ import annotations
+
+from auction.allocation import greedy_allocation
+from auction.checks import AuctionInputError
+from auction.classic import first_price, gsp_prices, vcg_position_prices, vcg_prices
+from auction.critical import Pricing, critical_prices
+from auction.invariants import AuctionInvariantError, check_prices
+from auction.myerson import Exponential, Uniform, myerson_optimal, myerson_payment
+from auction.regret import GreedyRule, Outcome, Psi, Regret, exact_regret, psi
+from auction.ties import tie_keys
+
+__all__ = [
+    "AuctionInputError",
+    "AuctionInvariantError",
+    "Exponential",
+    "GreedyRule",
+    "Outcome",
+    "Pricing",
+    "Psi",
+    "Regret",
+    "Uniform",
+    "check_prices",
+    "critical_prices",
+    "exact_regret",
+    "first_price",
+    "greedy_allocation",
+    "gsp_prices",
+    "myerson_optimal",
+    "myerson_payment",
+    "psi",
+    "tie_keys",
+    "vcg_position_prices",
+    "vcg_prices",
+]

@@ -1,0 +1,1 @@
+"""Tables and speed measurements."""

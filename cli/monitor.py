@@ -1,0 +1,66 @@
+"""`ega monitor`: a report on logged traffic; the exit code tells how serious it is."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from monitoring.report import MonitorConfig, MonitorResult
+
+
+def describe(result: MonitorResult) -> str:
+    """The result for a terminal: verdict, reasons, the headline lifts, where the page is."""
+    from monitoring.page import number, percent
+    from monitoring.verdict import HEADLINE
+
+    record = result.analysis.result
+    control, treatment = record["arms"]
+    lines = ["", result.analysis.verdict.headline, f"  {result.analysis.verdict.sentence}", *[f"  - {reason}" for reason in result.analysis.verdict.reasons], ""]
+    lines.append(f"  {'':34}{control:>12}{treatment:>12}   lift (95 % interval)")
+    lines.append(f"  {'Users':34}{number(record['arms'][control]['users']):>12}{number(record['arms'][treatment]['users']):>12}")
+    for name in HEADLINE:
+        row = record["lifts"][name]
+        lift = f"{percent(row['lift'])} ({percent(row['lift_low'])} to {percent(row['lift_high'])})" if row["relative_is_safe"] else "too uncertain for a relative lift"
+        lines.append(f"  {row['label']:34}{number(row['control']):>12}{number(row['treatment']):>12}   {lift}")
+    drifted = [row.name for row in result.drift if row.drifted]
+    lines += ["", f"  Drift: {', '.join(drifted) if drifted else 'none'} ({len(result.drift)} quantities watched)", f"  Report: {result.report}"]
+    return "\n".join(lines)
+
+
+def monitor(
+    run: Path | None = None,
+    traffic: Path | None = None,
+    reference: Path | None = None,
+    out: Path | None = None,
+    config: MonitorConfig | None = None,
+    title: str = "Experiment",
+) -> int:
+    """Judge the experiment of a run, or any folder of logs with two arms.
+
+    Args: run, a run folder (its `experiment/` is judged against its `logs/`); traffic, a folder of logs instead; reference, logs of the period before;
+    out, where the report goes (default: the run's `experiment/`, or `report/` beside the traffic).
+    Returns 0 nothing to act on, 4 drift or calibration alarm, 5 invalid experiment or harm, 1 error, 2 wrong call.
+    """
+    if (run is None) == (traffic is None):
+        print("error: give either a run folder (--run) or a folder of logs (--traffic)", file=sys.stderr)
+        return 2
+    from marketplace.logs import LogError
+    from monitoring.report import monitor as judge
+
+    experiment = None
+    if run is not None:
+        experiment, traffic = run / "experiment", run / "experiment" / "logs"
+        out = out or experiment
+        reference = reference or (run / "logs" if (run / "logs").is_dir() else None)
+    if traffic is None or not traffic.is_dir():
+        print(f"error: {traffic} is not there; `ega ab` writes it", file=sys.stderr)
+        return 1
+    try:
+        result = judge(traffic, out or traffic.parent / "report", config, reference, experiment, title)
+    except (LogError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(describe(result))
+    return result.exit_code

@@ -1,0 +1,1 @@
+"""KFP components: thin typed wrappers around pure functions of the rooms below."""

@@ -1,0 +1,1 @@
+"""EGA-V1: RecFormer, AucFormer and the engine that serves them."""

@@ -1,0 +1,501 @@
+"""EGA-V1: hybrid features, RecFormer (GCF + MIF) and AucFormer (generator, evaluator, payment network).
+
+Shape letters: B requests, N candidate ads, L behaviours, K slots, D width, F fields. Masks are true where a token is
+real. Equation numbers are the paper's. A bid is never a feature: bids enter the allocation score and the payment only.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from marketplace import schema
+from model.layers import (
+    MLP,
+    ClusterBlock,
+    Clusters,
+    CrossAttention,
+    FeedForward,
+    PointwiseBlock,
+    SelfAttentionBlock,
+    SplitHead,
+    freeze_dice,
+)
+
+_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class NetworkConfig:
+    """Sizes and switches of EGA-V1; the paper's values are in config/paper.yaml."""
+
+    width: int = Field(64, ge=8)
+    """D, width of every token."""
+    embedding: int = Field(16, ge=4)
+    """Width of one field's embedding before the projection to D."""
+    blocks: int = Field(3, ge=1)
+    """m, GCF blocks on ads and on behaviours."""
+    auction_blocks: int = Field(2, ge=1)
+    """m_e, blocks of the generator and of the evaluator."""
+    fusion_after: tuple[int, ...] = (2, 3)
+    """Blocks after which MIF exchanges ads and behaviours (paper: m=6, m_k=2 read as 3, 6); 1-based."""
+    clusters: int = Field(32, ge=2)
+    """C, clusters of a sequence (paper: N_c)."""
+    exact_behaviours: int = Field(129, ge=0)
+    """Behaviour sequences of at most this many tokens are attended exactly instead of through clusters."""
+    heads: int = Field(4, ge=1)
+    """H, attention heads."""
+    feed_forward: int = Field(4, ge=1)
+    """Hidden width of a feed-forward layer in units of D (Appendix A.1 implies 4)."""
+    head_hidden: tuple[int, ...] = (128, 32)
+    """Hidden layers of the pCTR and pCVR heads."""
+    slots: int = Field(5, ge=1, le=50)
+    """K, ads on a page."""
+    qkv_activation: Literal["dice", "none"] = "dice"
+    """Dice on Q, K, V before the split (paper), or none."""
+    affinity: Literal["additive", "multiplicative", "both"] = "both"
+    """What the generator may add to the separable score: A (paper), e^M as a factor, or both."""
+    cross_features: bool = False
+    """Explicit user x ad crosses (visited-before, category count, distance) in the heads, for Table 3."""
+    gcf_on_ads: bool = True
+    """Cluster attention among ads; false: point-wise ads (ablation -gcf)."""
+    fusion: Literal["mid", "late", "din"] = "mid"
+    """MIF inside the blocks; one exchange after the last; or DIN target attention to raw behaviours (ablation -mif)."""
+    target_attention: bool = True
+    """Ads attend to behaviours (TA)."""
+    context_attention: bool = True
+    """Behaviours attend to ads (CA)."""
+    payment_inputs: Literal["aware", "literal"] = "aware"
+    """Payment network reads the own bid and the critical price, or only Eq. 19's inputs."""
+    payment_form: Literal["critical", "rate"] = "critical"
+    """Payment = critical price * (1 + delta), or bid * rate; both clipped to [reserve, bid]. `literal` implies rate."""
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
+        if self.fusion == "mid" and not all(1 <= block <= self.blocks for block in self.fusion_after):
+            raise ValueError(f"fusion_after {self.fusion_after} names blocks outside 1..{self.blocks}")
+        if self.payment_inputs == "literal" and self.payment_form != "rate":
+            raise ValueError("payment_inputs: literal has no critical price to scale; set payment_form: rate")
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class VocabularySizes:
+    """Rows of each shared embedding table, padding and unknown included."""
+
+    ad: int
+    poi: int
+    advertiser: int
+    category: int
+    geo: int
+    creative: int
+
+    def rows(self, field: schema.Encoded) -> int:
+        return getattr(self, field.vocabulary) if field.vocabulary else field.size + schema.FIRST_CODE
+
+
+SHARED_TABLES = ("poi", "category", "geo")
+"""Id tables that ads and behaviours (and, for geo, users) share: what makes "been here before" comparable."""
+
+
+def geo_prior(places_V2: np.ndarray, width: int, generator: torch.Generator) -> Tensor:
+    """Starting values of the geo table, [V, width]: random Fourier features of each cell's centre.
+
+    Cells a kilometre apart start alike, cells ten kilometres apart start unrelated (an RBF kernel in the dot product), so
+    distance is learnable from cell ids alone; training then moves every row freely. Rows with NaN places stay random.
+    """
+    places = torch.tensor(np.asarray(places_V2, np.float64))
+    known = torch.isfinite(places).all(1)
+    centre = places[known].mean(0) if bool(known.any()) else torch.zeros(2, dtype=torch.float64)
+    north = (places[:, 0] - centre[0]) * 111.2
+    east = (places[:, 1] - centre[1]) * 111.2 * math.cos(math.radians(float(centre[0])))
+    kilometres = torch.nan_to_num(torch.stack([north, east], 1)).float()
+    half = width // 2
+    scale = torch.cat([torch.full((half // 2,), 1.5), torch.full((half - half // 2,), 6.0)])
+    phase = kilometres @ (torch.randn(2, half, generator=generator) / scale)
+    wave = torch.cat([torch.sin(phase), torch.cos(phase)], 1)
+    if wave.shape[1] < width:
+        wave = F.pad(wave, (0, width - wave.shape[1]))
+    noise = torch.randn(len(places), width, generator=generator)
+    return torch.where(known.unsqueeze(1), wave * math.sqrt(2), noise)
+
+
+class HybridFeatures(nn.Module):
+    """Eq. 5-6: one embedding table a field, concatenated, one linear to D. Written as a sum of per-field linears.
+
+    POI, category and geo tables are shared by ads, users and behaviours, and their projections start equal on both sides.
+    """
+
+    def __init__(self, config: NetworkConfig, sizes: VocabularySizes, geo_table: Tensor | None = None) -> None:
+        super().__init__()
+        width = config.embedding
+        self.tables = nn.ModuleDict({name: nn.Embedding(getattr(sizes, name), width) for name in schema.VOCABULARIES})
+        if geo_table is not None:
+            with torch.no_grad():
+                self.tables["geo"].weight.copy_(geo_table)
+        self.ad_codes = self._codes(schema.AD_FIELDS, sizes, width)
+        self.user_codes = self._codes((*schema.USER_FIELDS, *schema.CONTEXT_FIELDS), sizes, width)
+        self.behaviour_codes = self._codes(schema.BEHAVIOUR_FIELDS, sizes, width)
+        for table in [*self.tables.values(), *self.ad_codes.values(), *self.user_codes.values(), *self.behaviour_codes.values()]:
+            with torch.no_grad():
+                table.weight[schema.PADDING].zero_()
+        self.ad_linear = nn.Linear(width * len(schema.AD_FIELDS), config.width)
+        self.behaviour_linear = nn.Linear(width * len(schema.BEHAVIOUR_FIELDS), config.width)
+        self.user_linear = nn.Linear(width * (len(schema.USER_FIELDS) + len(schema.CONTEXT_FIELDS)), config.width)
+        self.context_linear = nn.Linear(config.width, config.width)
+        with torch.no_grad():
+            for name in SHARED_TABLES:
+                ad = [field.name for field in schema.AD_FIELDS].index(name) * width
+                behaviour = [field.name for field in schema.BEHAVIOUR_FIELDS].index(name) * width
+                self.behaviour_linear.weight[:, behaviour : behaviour + width].copy_(self.ad_linear.weight[:, ad : ad + width])
+
+    @staticmethod
+    def _codes(fields: tuple[schema.Encoded, ...], sizes: VocabularySizes, width: int) -> nn.ModuleDict:
+        return nn.ModuleDict({field.name: nn.Embedding(sizes.rows(field), width) for field in fields if not field.vocabulary})
+
+    def _embed(self, values: Tensor, fields: tuple[schema.Encoded, ...], codes: nn.ModuleDict) -> Tensor:
+        columns = [
+            (self.tables[field.vocabulary] if field.vocabulary else codes[field.name])(values[..., i]) for i, field in enumerate(fields)
+        ]
+        return torch.cat(columns, -1)
+
+    def ads(self, ad_fields: Tensor) -> Tensor:
+        """E_ad of Eq. 6: [..., F_ad] -> [..., D]."""
+        return self.ad_linear(self._embed(ad_fields, schema.AD_FIELDS, self.ad_codes))
+
+    def user(self, user_fields: Tensor, context_fields: Tensor) -> Tensor:
+        """e_u: profile and context, [B, F_user], [B, F_context] -> [B, D]."""
+        fields = (*schema.USER_FIELDS, *schema.CONTEXT_FIELDS)
+        values = torch.cat([user_fields, context_fields], -1)
+
+        return self.user_linear(self._embed(values, fields, self.user_codes))
+
+    def behaviours(self, behaviours_BLF: Tensor, user_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """E_bhor with the request's own context as first token, [B, 1+L, D], and its mask.
+
+        The context token tells target attention where and when the user is now, and a user without history still has one
+        token to attend to.
+        """
+        tokens = self.behaviour_linear(self._embed(behaviours_BLF, schema.BEHAVIOUR_FIELDS, self.behaviour_codes))
+        tokens = torch.cat([self.context_linear(user_BD).unsqueeze(1), tokens], 1)
+        mask = torch.cat([torch.ones_like(behaviours_BLF[:, :1, 0], dtype=torch.bool), behaviours_BLF[..., 0] != schema.PADDING], 1)
+        return tokens, mask
+
+
+class RecFormer(nn.Module):
+    """GCF blocks on ads and on behaviours with mid-fusion between them (Eq. 7-15, Sec. 3.3)."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.config = config
+        size = (config.width, config.clusters, config.heads)
+        tail = (config.feed_forward, config.qkv_activation)
+        self.ad_blocks = nn.ModuleList(
+            ClusterBlock(*size, 0, *tail) if config.gcf_on_ads else PointwiseBlock(config.width, config.feed_forward)
+            for _ in range(config.blocks)
+        )
+        behaviour_blocks = 0 if config.fusion == "din" else config.blocks
+        self.behaviour_blocks = nn.ModuleList(ClusterBlock(*size, config.exact_behaviours, *tail) for _ in range(behaviour_blocks))
+        self.fusions = {"mid": tuple(sorted(set(config.fusion_after))), "late": (config.blocks,), "din": (config.blocks,)}[config.fusion]
+        self.target = nn.ModuleDict()
+        self.context = nn.ModuleDict()
+        self.norms = nn.ModuleDict()
+        for position, block in enumerate(self.fusions):
+            last = position == len(self.fusions) - 1
+            if config.target_attention:
+                self.target[str(block)] = CrossAttention(*size, config.exact_behaviours)
+            # The behaviours' last update would be read by nobody: context attention after the final fusion is not built.
+            if config.context_attention and config.fusion == "mid" and not last:
+                self.context[str(block)] = CrossAttention(*size)
+            self.norms[str(block)] = nn.ModuleList([nn.LayerNorm(config.width), nn.LayerNorm(config.width)])
+        self.norm = nn.LayerNorm(config.width)
+
+    def ads_before_fusion(self, ad_BND: Tensor, ad_mask_BN: Tensor) -> Tensor:
+        """Ad states up to the first fusion: they depend on no user and can be computed once per city."""
+        for block in self.ad_blocks[: self.fusions[0]]:
+            ad_BND = block(ad_BND, ad_mask_BN)
+        return ad_BND
+
+    def after_fusion(self, ad_BND: Tensor, ad_mask_BN: Tensor, behaviour_BLD: Tensor, behaviour_mask_BL: Tensor) -> Tensor:
+        """From the states of `ads_before_fusion` (batch of one city or of B requests) to H_ad, [B, N, D]."""
+        first = self.fusions[0]
+        for block in self.behaviour_blocks[:first]:
+            behaviour_BLD = block(behaviour_BLD, behaviour_mask_BL)
+        ad_BND = ad_BND.expand(behaviour_BLD.shape[0], -1, -1)
+        ad_mask_BN = ad_mask_BN.expand(behaviour_BLD.shape[0], -1)
+        for number in range(first, self.config.blocks + 1):
+            if number > first:
+                ad_BND = self.ad_blocks[number - 1](ad_BND, ad_mask_BN)
+                if self.behaviour_blocks:
+                    behaviour_BLD = self.behaviour_blocks[number - 1](behaviour_BLD, behaviour_mask_BL)
+            if number in self.fusions:
+                ad_BND, behaviour_BLD = self._fuse(str(number), ad_BND, ad_mask_BN, behaviour_BLD, behaviour_mask_BL)
+        return self.norm(ad_BND)
+
+    def _fuse(self, key: str, ad_BND: Tensor, ad_mask: Tensor, behaviour_BLD: Tensor, behaviour_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Both directions from the pre-fusion states."""
+        ad_norm, behaviour_norm = self.norms[key]
+        ads, behaviours = ad_norm(ad_BND), behaviour_norm(behaviour_BLD)
+        if key in self.target:
+            target = self.target[key]
+            ad_BND = ad_BND + target(ads, ad_mask, target.keys(behaviours, behaviour_mask))
+        if key in self.context:
+            context = self.context[key]
+            behaviour_BLD = behaviour_BLD + context(behaviours, behaviour_mask, context.keys(ads, ad_mask))
+        return ad_BND, behaviour_BLD
+
+    def forward(self, ad_BND: Tensor, ad_mask_BN: Tensor, behaviour_BLD: Tensor, behaviour_mask_BL: Tensor) -> Tensor:
+        return self.after_fusion(self.ads_before_fusion(ad_BND, ad_mask_BN), ad_mask_BN, behaviour_BLD, behaviour_mask_BL)
+
+
+CROSS_FEATURES = 3
+"""Visited-before count, category count, distance; each as one standardised number per (request, ad)."""
+
+
+def cross_features(ad_fields: Tensor, behaviours: Tensor, ad_place: Tensor, request_place: Tensor) -> Tensor:
+    """Explicit crosses [B, N, 3]: log(1+times visited), log(1+visits to the category), log(1+distance in km)."""
+    poi = [field.name for field in schema.AD_FIELDS].index("poi")
+    category = [field.name for field in schema.AD_FIELDS].index("category")
+    real = behaviours[..., 0] != schema.PADDING
+    visited = ((ad_fields[..., poi].unsqueeze(-1) == behaviours[..., 0].unsqueeze(1)) & real.unsqueeze(1)).sum(-1)
+    same = ((ad_fields[..., category].unsqueeze(-1) == behaviours[..., 1].unsqueeze(1)) & real.unsqueeze(1)).sum(-1)
+    north = (ad_place[..., 0] - request_place[:, None, 0]) * 111.2
+    east = (ad_place[..., 1] - request_place[:, None, 1]) * 111.2 * torch.cos(torch.deg2rad(request_place[:, None, 0]))
+    return torch.stack([torch.log1p(visited.float()), torch.log1p(same.float()) / 2, torch.log1p(torch.hypot(north, east)) / 2], -1)
+
+
+def _zero(layer: nn.Linear) -> None:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+
+
+class Generator(nn.Module):
+    """Non-autoregressive generator (Eq. 17): slot tokens read the ads' clusters and give affinities A and log-factors M.
+
+    score_{i,k} = e^{w + M_{i,k}} q_i b_i + A_{i,k}. A and M start at 0: an untrained generator ranks by q*b.
+    """
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.affinity = config.affinity
+        self.slot = nn.Parameter(torch.randn(config.slots, width))
+        self.user = nn.Linear(width, width)
+        self.blocks = nn.ModuleList(
+            nn.ModuleList(
+                [nn.LayerNorm(width), CrossAttention(width, config.clusters, config.heads), nn.LayerNorm(width), FeedForward(width, config.feed_forward)]
+            )
+            for _ in range(config.auction_blocks)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.add = nn.Linear(width, width)
+        self.scale = nn.Linear(width, width)
+        _zero(self.add)
+        _zero(self.scale)
+        self.bid_log_weight = nn.Parameter(torch.tensor(4.0))
+        """w; with q*b around 0.1 the softmax over ads is then neither flat nor one-hot."""
+
+    def slot_tokens(self, h_BND: Tensor, mask_BN: Tensor, user_BD: Tensor) -> Tensor:
+        """T: [B, K, D]."""
+        token = self.slot.unsqueeze(0) + self.user(user_BD).unsqueeze(1)
+        mask = torch.ones(token.shape[:2], dtype=torch.bool, device=token.device)
+        for norm_attention, attention, norm_forward, forward in self.blocks:
+            token = token + attention(norm_attention(token), mask, attention.keys(h_BND, mask_BN))
+            token = token + forward(norm_forward(token))
+        return self.norm(token)
+
+    def weight(self) -> Tensor:
+        """w clamped to [-5, 5]."""
+        return self.bid_log_weight.clamp(-5.0, 5.0)
+
+    def forward(self, h_BND: Tensor, mask_BN: Tensor, user_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """Affinity A [B, N, K] and slopes e^{w+M} [B, N, K]; neither reads a bid."""
+        token = self.slot_tokens(h_BND, mask_BN, user_BD)
+        root = math.sqrt(h_BND.shape[-1])
+        affinity = h_BND @ self.add(token).transpose(1, 2) / root
+        factor = h_BND @ self.scale(token).transpose(1, 2) / root
+        if self.affinity == "additive":
+            factor = torch.zeros_like(factor)
+        elif self.affinity == "multiplicative":
+            affinity = torch.zeros_like(affinity)
+        # Slopes stay within e^+-3 of e^w: the identity holds for any slope, but prices divide by it.
+        return affinity, torch.exp(self.weight() + 3.0 * torch.tanh(factor / 3.0))
+
+
+class Evaluator(nn.Module):
+    """Permutation-aware evaluator (Eq. 18): pCTR and pCVR of every ad of a page, given the page.
+
+    Reads (h_i, slot, e_u) through self-attention over the K ads and starts exactly at the set-aware logits: it learns what
+    the page adds. Never reads a bid.
+    """
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.slot = nn.Embedding(config.slots, width)
+        self.join = nn.Linear(3 * width, width)
+        self.blocks = nn.ModuleList(SelfAttentionBlock(width, config.heads, config.feed_forward) for _ in range(config.auction_blocks))
+        self.norm = nn.LayerNorm(width)
+        self.click = MLP(width, config.head_hidden, 1, zero_last=True)
+        self.purchase = MLP(width, config.head_hidden, 1, zero_last=True)
+
+    def forward(self, h_BKD: Tensor, user_BD: Tensor, click_logit_BK: Tensor, purchase_logit_BK: Tensor, mask_BK: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of pCTR and pCVR, [B, K] each."""
+        slots = h_BKD.shape[1]
+        slot = self.slot(torch.arange(slots, device=h_BKD.device)).expand(h_BKD.shape[0], -1, -1)
+        x = self.join(torch.cat([h_BKD, slot, user_BD.unsqueeze(1).expand(-1, slots, -1)], -1))
+        # A page shorter than K leaves masked tokens; a row without any ad attends to itself and is ignored by the caller.
+        attend = mask_BK | ~mask_BK.any(1, keepdim=True)
+        for block in self.blocks:
+            x = block(x, attend)
+        x = self.norm(x)
+        return click_logit_BK + self.click(x).squeeze(-1), purchase_logit_BK + self.purchase(x).squeeze(-1)
+
+
+class PaymentNetwork(nn.Module):
+    """Payment of every winner (Eq. 19); individually rational by construction: reserve <= p <= b.
+
+    `literal` reads (h, q, bids of the others on the page); `aware` adds the own bid, the score margin and the critical price.
+    Money enters as log1p of bids over the city's median bid.
+    """
+
+    MARKUP_RANGE = 0.5
+
+    def __init__(self, config: NetworkConfig, initial_markup: float = 0.2) -> None:
+        super().__init__()
+        self.inputs, self.form, self.slots = config.payment_inputs, config.payment_form, config.slots
+        self.reduce = nn.Linear(config.width, 16)
+        extra = 3 if self.inputs == "aware" else 0
+        self.mlp = MLP(16 + 1 + (config.slots - 1) + extra, config.head_hidden, 1, zero_last=True)
+        if self.form == "critical":
+            # Starts above the truthful price, where revenue is; the regret constraint has to bring it down.
+            nn.init.constant_(self.mlp.layers[-1].bias, math.atanh(initial_markup / self.MARKUP_RANGE))
+
+    def forward(self, h_BKD: Tensor, ctr_BK: Tensor, bid_BK: Tensor, critical_BK: Tensor, margin_BK: Tensor, reserve_BK: Tensor) -> Tensor:
+        """Payments per click [B, K] in the units of `bid_BK` (bids over the city's median). Rows without an ad have bid 0."""
+        others = self._others(torch.log1p(bid_BK))
+        columns = [self.reduce(h_BKD), ctr_BK.unsqueeze(-1), others]
+        if self.inputs == "aware":
+            columns.append(torch.stack([torch.log1p(bid_BK), torch.log1p(critical_BK), torch.log1p(margin_BK)], -1))
+        g = self.mlp(torch.cat(columns, -1)).squeeze(-1)
+        price = critical_BK * (1.0 + self.MARKUP_RANGE * torch.tanh(g)) if self.form == "critical" else bid_BK * torch.sigmoid(g)
+        return torch.minimum(torch.maximum(price, reserve_BK), bid_BK)
+
+    @staticmethod
+    def _others(bid_BK: Tensor) -> Tensor:
+        """b_{-i}: for every slot the bids of the other slots in page order, [B, K, K-1]."""
+        slots = bid_BK.shape[-1]
+        index = torch.tensor([[j for j in range(slots) if j != i] for i in range(slots)], device=bid_BK.device, dtype=torch.long)
+        return bid_BK[..., index.reshape(-1)].reshape(*bid_BK.shape, slots - 1)
+
+
+@dataclass(config=ConfigDict(arbitrary_types_allowed=True))
+class Batch:
+    """Tensors of B requests; see schema.SAMPLE_ARRAYS for the meaning of each. Ads may have batch size 1 (one city)."""
+
+    ad_fields: Tensor
+    ad_mask: Tensor
+    ad_place: Tensor
+    user_fields: Tensor
+    context_fields: Tensor
+    behaviours: Tensor
+    request_place: Tensor
+
+
+class EgaV1(nn.Module):
+    """The whole network. `encode` gives (h, e_u); heads, generator, evaluators and payment read those."""
+
+    def __init__(self, config: NetworkConfig, sizes: VocabularySizes, geo_table: Tensor | None = None, prior_ctr: float = 0.05) -> None:
+        super().__init__()
+        self.config, self.sizes = config, sizes
+        self.features = HybridFeatures(config, sizes, geo_table)
+        self.recformer = RecFormer(config)
+        prior = math.log(prior_ctr / (1 - prior_ctr))
+        self.click_head = SplitHead(config.width, config.head_hidden, prior)
+        self.purchase_head = SplitHead(config.width, config.head_hidden, prior)
+        self.cross = nn.Linear(CROSS_FEATURES, config.width) if config.cross_features else None
+        self.unexposed_shift = nn.Parameter(torch.zeros(2))
+        """Log-odds between "clicked or visited elsewhere" and "clicked when shown", for click and purchase."""
+        self.generator = Generator(config)
+        self.evaluator = Evaluator(config)
+        self.evaluation_evaluator = Evaluator(config)
+        """Trained on other days with another seed; never a training signal of the policy, so that gates can use it."""
+        self.payment = PaymentNetwork(config)
+
+    def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """High-order ad representations h [B, N, D] and e_u [B, D]."""
+        ads = self.features.ads(batch.ad_fields)
+        return self.encode_from(self.recformer.ads_before_fusion(ads, batch.ad_mask), batch)
+
+    def encode_from(self, ad_states: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """`encode` from cached ad states (`city_states`), which may have batch size 1."""
+        user = self.features.user(batch.user_fields, batch.context_fields)
+        behaviours, mask = self.features.behaviours(batch.behaviours, user)
+        h = self.recformer.after_fusion(ad_states, batch.ad_mask, behaviours, mask)
+        if self.cross is not None:
+            h = h + self.cross(cross_features(batch.ad_fields.expand(h.shape[0], -1, -1), batch.behaviours, batch.ad_place, batch.request_place))
+        return h, user
+
+    def city_states(self, ad_fields: Tensor, ad_mask: Tensor) -> Tensor:
+        """User-independent ad states of a whole city, [1, N, D]: computed once per (model, city, snapshot)."""
+        return self.recformer.ads_before_fusion(self.features.ads(ad_fields), ad_mask)
+
+    def heads(self, h_BND: Tensor, user_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """Set-aware logits of click and purchase (Eq. 16), [B, N] each."""
+        return self.click_head(h_BND, user_BD), self.purchase_head(h_BND, user_BD)
+
+    def page_logits(
+        self, h_BND: Tensor, user_BD: Tensor, click_BN: Tensor, purchase_BN: Tensor, page_BK: Tensor, evaluator: Evaluator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Evaluator's logits for pages given as candidate positions (-1: no ad). `page_BK` may be [B, P, K]: P pages a request."""
+        evaluator = evaluator or self.evaluator
+        shape = page_BK.shape
+        pages = page_BK.reshape(shape[0], -1)
+        index, mask = pages.clamp(min=0), (page_BK >= 0).reshape(-1, shape[-1])
+        h = torch.gather(h_BND, 1, index.unsqueeze(-1).expand(-1, -1, h_BND.shape[-1])).reshape(-1, shape[-1], h_BND.shape[-1])
+        click, purchase = (torch.gather(x, 1, index).reshape(-1, shape[-1]) for x in (click_BN, purchase_BN))
+        repeats = h.shape[0] // shape[0]
+        logits = evaluator(h, user_BD.repeat_interleave(repeats, 0), click, purchase, mask)
+        return logits[0].reshape(shape), logits[1].reshape(shape)
+
+    def stage_parameters(self, stage: str) -> list[nn.Parameter]:
+        """What each training stage learns; everything else is frozen."""
+        modules: dict[str, list[nn.Module]] = {
+            "pretrain": [self.features, self.recformer, self.click_head, self.purchase_head, *([self.cross] if self.cross is not None else [])],
+            "reward": [self.evaluator],
+            "evaluation": [self.evaluation_evaluator],
+            "rlaf": [self.generator],
+            "payment": [self.payment],
+        }
+        parameters = [parameter for module in modules[stage] for parameter in module.parameters()]
+        return [*parameters, self.unexposed_shift] if stage == "pretrain" else parameters
+
+    def enter_stage(self, stage: str) -> list[nn.Parameter]:
+        """Freeze all but the stage's parameters; returns those. Dice statistics move in pre-training and never again, except
+        those of the modules that a later stage trains."""
+        self.requires_grad_(False)
+        parameters = self.stage_parameters(stage)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        freeze_dice(self, True)
+        if stage == "pretrain":
+            freeze_dice(self.recformer, False)
+        return parameters
+
+
+def allocation_scores(ctr_BN: Tensor, bid_BN: Tensor, affinity_BNK: Tensor, slopes_BNK: Tensor) -> Tensor:
+    """Score of every ad for every slot, Eq. 17 before the softmax, with bids over the city's median; [B, N, K].
+
+    Non-decreasing in the own bid for every slot, whatever the learned affinity and slopes: that is what prices rest on.
+    """
+    return slopes_BNK * (ctr_BN * bid_BN).unsqueeze(-1) + affinity_BNK
+
+
+__all__ = ["Batch", "Clusters", "EgaV1", "Evaluator", "Generator", "NetworkConfig", "PaymentNetwork", "RecFormer", "VocabularySizes", "allocation_scores", "geo_prior"]

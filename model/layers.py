@@ -1,0 +1,286 @@
+"""Building blocks of RecFormer and AucFormer.
+
+Shape letters: B requests, N query tokens, M key tokens, C clusters (paper: N_c), D width, H heads, E = D / H.
+Masks are true where a token is real. Every layer ignores masked tokens exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Dice(nn.Module):
+    """Data-adaptive activation p*x + (1-p)*alpha*x with p = sigma(BN(x)), BN without affine (Zhou et al. 2018, DIN).
+
+    Statistics run over real tokens only. `frozen` stops them from moving whatever the training mode: later stages of
+    training and serving use the statistics of pre-training.
+    """
+
+    def __init__(self, width: int, momentum: float = 0.02, epsilon: float = 1e-5) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.zeros(width))
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("variance", torch.ones(width))
+        self.momentum, self.epsilon = momentum, epsilon
+        self.frozen = False
+
+    def forward(self, x_BND: Tensor, mask_BN: Tensor | None = None) -> Tensor:
+        if self.training and not self.frozen:
+            with torch.no_grad():
+                rows = x_BND.detach().float()
+                if mask_BN is None:
+                    rows = rows.reshape(-1, rows.shape[-1])
+                    mean, variance = rows.mean(0), rows.var(0, unbiased=False)
+                else:
+                    weight = mask_BN.unsqueeze(-1).to(rows.dtype)
+                    count = weight.sum().clamp(min=1.0)
+                    mean = (rows * weight).sum((0, 1)) / count
+                    variance = ((rows - mean).square() * weight).sum((0, 1)) / count
+                self.mean.lerp_(mean, self.momentum)
+                self.variance.lerp_(variance, self.momentum)
+        # The running statistics are used in training too: gradients then do not couple the requests of a batch, and
+        # a request scores alike alone and in company.
+        scale = torch.rsqrt(self.variance + self.epsilon)
+        gate = torch.sigmoid((x_BND - self.mean) * scale)
+        return x_BND * (self.alpha + gate * (1.0 - self.alpha))
+
+
+def multi_head_attention(query_BND: Tensor, key_BMD: Tensor, value_BMD: Tensor, heads: int, mask_BM: Tensor | None = None) -> Tensor:
+    """Softmax attention with `heads` heads of width D/H, scaled by sqrt(D/H) (Eq. 9 per head); returns [B, N, D]."""
+    batch, tokens, width = query_BND.shape
+    query, key, value = (x.reshape(x.shape[0], x.shape[1], heads, width // heads).transpose(1, 2) for x in (query_BND, key_BMD, value_BMD))
+    logits = query @ key.transpose(-1, -2) / math.sqrt(width // heads)
+    if mask_BM is not None:
+        logits = logits.masked_fill(~mask_BM[:, None, None, :], float("-inf"))
+    return (torch.softmax(logits, -1) @ value).transpose(1, 2).reshape(batch, tokens, width)
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Keys and values that queries attend to. `mask_BM` is None when every row is real (clusters always are)."""
+
+    key_BMD: Tensor
+    value_BMD: Tensor
+    mask_BM: Tensor | None
+
+
+def cluster_weights(x_BND: Tensor, prototypes_CD: Tensor, mask_BN: Tensor) -> Tensor:
+    """S: softmax over the *tokens* of X P^T / sqrt(D), so every cluster is a convex combination of real tokens; [B, N, C].
+
+    Our reading of the paper's learnable S in R^{N x N_c}, which could not fit a varying N.
+    """
+    logits = x_BND @ prototypes_CD.T / math.sqrt(x_BND.shape[-1])
+    return torch.softmax(logits.masked_fill(~mask_BN.unsqueeze(-1), float("-inf")), 1)
+
+
+class ClusterAttention(nn.Module):
+    """Attention of every token to clusters of its own sequence: Eq. 7-14, cost O(N C D).
+
+    With at most `exact_up_to` tokens the tokens themselves are keys and values: clusters could only blur them.
+    """
+
+    def __init__(self, width: int, clusters: int, heads: int, exact_up_to: int = 0, qkv_activation: str = "dice") -> None:
+        super().__init__()
+        self.heads, self.clusters, self.exact_up_to = heads, clusters, exact_up_to
+        self.prototypes = nn.Parameter(torch.randn(clusters, width))
+        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv_dice = Dice(3 * width) if qkv_activation == "dice" else None
+        self.key_ratio = nn.Linear(clusters, 1)
+        self.value_ratio = nn.Linear(clusters, 1)
+        self.key_map = nn.Linear(width, width)
+        self.value_map = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+        self.out_dice = Dice(width)
+
+    def project(self, x_BND: Tensor, mask_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Q, K, V of Eq. 7."""
+        qkv = self.qkv(x_BND)
+        if self.qkv_dice is not None:
+            qkv = self.qkv_dice(qkv, mask_BN)
+        query, key, value = qkv.chunk(3, -1)
+        return query, key, value
+
+    def mix(self, query_BCD: Tensor, key_BCD: Tensor, value_BCD: Tensor) -> Clusters:
+        """K' and V' of Eq. 12-14 from the surrogate tokens A_q, A_k, A_v of Eq. 11."""
+        inner = query_BCD @ key_BCD.transpose(-1, -2) / math.sqrt(query_BCD.shape[-1])
+        key_ratio, value_ratio = torch.sigmoid(self.key_ratio(inner)), torch.sigmoid(self.value_ratio(inner))
+        key = key_ratio * self.key_map(query_BCD) + (1 - key_ratio) * self.key_map(key_BCD)
+        value = value_ratio * self.value_map(query_BCD) + (1 - value_ratio) * self.value_map(value_BCD)
+        return Clusters(key, value, None)
+
+    def finish(self, query_BND: Tensor, clusters: Clusters, mask_BN: Tensor) -> Tensor:
+        """Eq. 9-10: attention of the queries to the clusters, output projection, Dice."""
+        heads = multi_head_attention(query_BND, clusters.key_BMD, clusters.value_BMD, self.heads, clusters.mask_BM)
+        return self.out_dice(self.out(heads), mask_BN)
+
+    def forward(self, x_BND: Tensor, mask_BN: Tensor) -> Tensor:
+        query, key, value = self.project(x_BND, mask_BN)
+        if x_BND.shape[1] <= self.exact_up_to:
+            return self.finish(query, Clusters(self.key_map(key), self.value_map(value), mask_BN), mask_BN)
+        weight = cluster_weights(x_BND, self.prototypes, mask_BN).transpose(1, 2)
+        return self.finish(query, self.mix(weight @ query, weight @ key, weight @ value), mask_BN)
+
+    def forward_chunked(self, x_BND: Tensor, mask_BN: Tensor, chunk: int) -> Tensor:
+        """The same result in two passes over chunks of tokens with an online softmax; memory O(chunk), evaluation only."""
+        if x_BND.shape[1] <= self.exact_up_to:
+            return self.forward(x_BND, mask_BN)
+        batch, _, width = x_BND.shape
+        summed = x_BND.new_zeros(batch, self.clusters, 3 * width)
+        total = x_BND.new_zeros(batch, self.clusters, 1)
+        peak = x_BND.new_full((batch, self.clusters, 1), float("-inf"))
+        for x, mask in _chunks(x_BND, mask_BN, chunk):
+            logits = (x @ self.prototypes.T / math.sqrt(width)).masked_fill(~mask.unsqueeze(-1), float("-inf")).transpose(1, 2)
+            new_peak = torch.maximum(peak, logits.amax(-1, keepdim=True))
+            shift = torch.where(torch.isinf(new_peak), torch.zeros_like(new_peak), new_peak)  # a chunk of padding only
+            weight = torch.exp(logits - shift)
+            fade = torch.exp(peak - shift)
+            summed = summed * fade + weight @ torch.cat(self.project(x, mask), -1)
+            total = total * fade + weight.sum(-1, keepdim=True)
+            peak = new_peak
+        clusters = self.mix(*(summed / total).chunk(3, -1))
+        out = torch.empty_like(x_BND)
+        start = 0
+        for x, mask in _chunks(x_BND, mask_BN, chunk):
+            out[:, start : start + x.shape[1]] = self.finish(self.project(x, mask)[0], clusters, mask)
+            start += x.shape[1]
+        return out
+
+
+def _chunks(x_BND: Tensor, mask_BN: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for start in range(0, x_BND.shape[1], chunk):
+        yield x_BND[:, start : start + chunk], mask_BN[:, start : start + chunk]
+
+
+class CrossAttention(nn.Module):
+    """Queries of one sequence attend to clusters of another (MIF): K' = f_k2(A_k), V' = f_v2(A_v), own prototypes.
+
+    Query and key projections start equal, so a candidate and a behaviour that share their place start aligned: "been
+    exactly here" is then visible to target attention from the first step instead of having to be discovered.
+    """
+
+    def __init__(self, width: int, clusters: int, heads: int, exact_up_to: int = 0) -> None:
+        super().__init__()
+        self.heads, self.exact_up_to = heads, exact_up_to
+        self.prototypes = nn.Parameter(torch.randn(clusters, width))
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.key_map = nn.Linear(width, width)
+        self.value_map = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+        self.out_dice = Dice(width)
+        with torch.no_grad():
+            nn.init.orthogonal_(self.query.weight)
+            self.key_value.weight[:width].copy_(self.query.weight)
+            nn.init.eye_(self.key_map.weight)
+            for layer in (self.query, self.key_value, self.key_map):
+                layer.bias.zero_()
+
+    def keys(self, x_BMD: Tensor, mask_BM: Tensor) -> Clusters:
+        """Clusters of the attended sequence (the tokens themselves when there are few)."""
+        key, value = self.key_value(x_BMD).chunk(2, -1)
+        mask: Tensor | None = mask_BM
+        if x_BMD.shape[1] > self.exact_up_to:
+            weight = cluster_weights(x_BMD, self.prototypes, mask_BM).transpose(1, 2)
+            key, value, mask = weight @ key, weight @ value, None
+        return Clusters(self.key_map(key), self.value_map(value), mask)
+
+    def forward(self, x_BND: Tensor, mask_BN: Tensor, keys: Clusters) -> Tensor:
+        heads = multi_head_attention(self.query(x_BND), keys.key_BMD, keys.value_BMD, self.heads, keys.mask_BM)
+        return self.out_dice(self.out(heads), mask_BN)
+
+
+class FeedForward(nn.Module):
+    """Second sub-layer of a block, Eq. 15: D -> factor*D -> D with ReLU."""
+
+    def __init__(self, width: int, factor: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, factor * width), nn.Linear(factor * width, width)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        return self.down(F.relu(self.up(x_BND)))
+
+
+class ClusterBlock(nn.Module):
+    """One GCF layer: cluster attention and feed-forward, pre-LN with residuals."""
+
+    def __init__(self, width: int, clusters: int, heads: int, exact_up_to: int, factor: int, qkv_activation: str) -> None:
+        super().__init__()
+        self.norm_attention, self.norm_forward = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = ClusterAttention(width, clusters, heads, exact_up_to, qkv_activation)
+        self.forward_layer = FeedForward(width, factor)
+
+    def forward(self, x_BND: Tensor, mask_BN: Tensor) -> Tensor:
+        x_BND = x_BND + self.attention(self.norm_attention(x_BND), mask_BN)
+        return x_BND + self.forward_layer(self.norm_forward(x_BND))
+
+
+class PointwiseBlock(nn.Module):
+    """The ablation of GCF on ads: the feed-forward sub-layer alone, so no ad sees another."""
+
+    def __init__(self, width: int, factor: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.forward_layer = FeedForward(width, factor)
+
+    def forward(self, x_BND: Tensor, mask_BN: Tensor) -> Tensor:
+        return x_BND + self.forward_layer(self.norm(x_BND))
+
+
+class SelfAttentionBlock(nn.Module):
+    """Ordinary self-attention over the K tokens of a page (evaluator): with so few tokens clusters are pointless."""
+
+    def __init__(self, width: int, heads: int, factor: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_attention, self.norm_forward = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.forward_layer = FeedForward(width, factor)
+
+    def forward(self, x_BKD: Tensor, mask_BK: Tensor) -> Tensor:
+        query, key, value = self.qkv(self.norm_attention(x_BKD)).chunk(3, -1)
+        x_BKD = x_BKD + self.out(multi_head_attention(query, key, value, self.heads, mask_BK))
+        return x_BKD + self.forward_layer(self.norm_forward(x_BKD))
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between; `zero_last` starts the output at its bias, so the network starts at its prior."""
+
+    def __init__(self, inputs: int, hidden: tuple[int, ...], outputs: int, zero_last: bool = False) -> None:
+        super().__init__()
+        sizes = (inputs, *hidden, outputs)
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        if zero_last:
+            nn.init.zeros_(self.layers[-1].weight)
+            nn.init.zeros_(self.layers[-1].bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        return self.layers[-1](x)
+
+
+class SplitHead(nn.Module):
+    """MLP over (h_i, e_u), Eq. 16, with the first weight split so that e_u is multiplied once per request."""
+
+    def __init__(self, width: int, hidden: tuple[int, ...], bias: float = 0.0) -> None:
+        super().__init__()
+        self.item, self.user = nn.Linear(width, hidden[0]), nn.Linear(width, hidden[0], bias=False)
+        self.rest = MLP(hidden[0], hidden[1:], 1)
+        nn.init.constant_(self.rest.layers[-1].bias, bias)
+
+    def forward(self, h_BND: Tensor, user_BD: Tensor) -> Tensor:
+        """Logits [B, N]."""
+        return self.rest(F.relu(self.item(h_BND) + self.user(user_BD).unsqueeze(1))).squeeze(-1)
+
+
+def freeze_dice(module: nn.Module, frozen: bool = True) -> None:
+    """Stop (or resume) the moving statistics of every Dice in `module`."""
+    for layer in module.modules():
+        if isinstance(layer, Dice):
+            layer.frozen = frozen

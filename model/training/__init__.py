@@ -1,0 +1,1 @@
+"""The four training stages, their data and their checkpoints."""

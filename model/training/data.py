@@ -1,0 +1,140 @@
+"""Memory-mapped request samples as tensors (format: schema.SAMPLE_ARRAYS).
+
+Shape letters: A ads, R requests, B requests of a batch, M = K + N_s candidates, K slots, L behaviours.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from marketplace import schema
+from model.ega_v1.network import Batch, VocabularySizes, geo_prior
+
+
+def vocabulary_sizes(vocabulary: dict[str, list[int]]) -> VocabularySizes:
+    """Embedding rows for a vocab.json: its ids plus padding and unknown."""
+    return VocabularySizes(**{name: len(vocabulary[name]) + schema.FIRST_CODE for name in schema.VOCABULARIES})
+
+
+def geo_table(vocabulary: dict[str, list[int]], width: int, seed: int) -> Tensor:
+    """Starting geo embeddings for the cells of a vocab.json; see `geo_prior`."""
+    latitude, longitude = schema.geo_centre(np.array(vocabulary["geo"], np.int64))
+    places = np.full((len(vocabulary["geo"]) + schema.FIRST_CODE, 2), np.nan)
+    places[schema.FIRST_CODE :, 0], places[schema.FIRST_CODE :, 1] = latitude, longitude
+    return geo_prior(places, width, torch.Generator().manual_seed(seed))
+
+
+@dataclass
+class TrainingBatch:
+    """A `Batch` with labels and money. Bids are over the city's median bid of the day."""
+
+    requests: np.ndarray
+    inputs: Batch
+    click: Tensor
+    purchase: Tensor
+    exposed: Tensor
+    log_inclusion: Tensor
+    bid: Tensor
+    reserve: Tensor
+
+
+@dataclass(frozen=True)
+class City:
+    """The active ads of one city on one day: rows of the ad table, with money over the median bid `unit`."""
+
+    rows: np.ndarray
+    bid: np.ndarray
+    reserve: np.ndarray
+    unit: float
+
+
+class Samples:
+    """One sample folder. Arrays stay on disk; `batch` gathers what it needs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.info = json.loads((self.folder / "samples.json").read_text())
+        self.vocabulary: dict[str, list[int]] = json.loads((self.folder / "vocab.json").read_text())
+        for array in schema.SAMPLE_ARRAYS:
+            path = self.folder / f"{array.name}.npy"
+            if not path.is_file():
+                raise FileNotFoundError(f"sample array {path} is missing; run sample_requests again")
+            values = np.load(path, mmap_mode="r", allow_pickle=False)
+            if values.dtype != np.dtype(array.dtype) or values.ndim != len(array.shape.split()):
+                raise ValueError(f"{path} holds {values.dtype}{list(values.shape)}, expected {array.dtype} [{array.shape}]")
+            setattr(self, "city_code" if array.name == "city" else array.name, values)
+        self.slots = int(self.exposed_bid.shape[1])
+        self._cities: dict[tuple[int, int], City] = {}
+
+    def __len__(self) -> int:
+        return len(self.request_id)
+
+    def split_rows(self, split: int) -> np.ndarray:
+        """Rows of TRAIN, VALIDATION or TEST that showed at least one ad."""
+        return np.flatnonzero((np.asarray(self.split) == split) & (np.asarray(self.candidate[:, 0]) >= 0))
+
+    def city(self, day: int, city: int) -> City:
+        """Active ads of a city on a day (index into samples.json `days`)."""
+        key = (int(day), int(city))
+        if key not in self._cities:
+            rows = np.flatnonzero((np.asarray(self.ad_city) == city) & np.isfinite(self.bid[day]))
+            bid, reserve = np.array(self.bid[day, rows]), np.array(self.reserve[day, rows])
+            unit = float(np.median(bid)) if len(bid) else 1.0
+            self._cities[key] = City(rows, bid / unit, reserve / unit, unit)
+        return self._cities[key]
+
+    @cached_property
+    def mean_exposed_ctr(self) -> float:
+        """Click rate of exposed ads in training: the prior of the heads."""
+        rows = self.split_rows(schema.TRAIN)
+        exposed = np.asarray(self.candidate[rows, : self.slots]) >= 0
+        return float(np.asarray(self.click[rows, : self.slots])[exposed].mean()) if exposed.any() else 0.05
+
+    def inputs(self, requests: np.ndarray, ad_rows: np.ndarray, ad_mask: np.ndarray) -> Batch:
+        """Network inputs for `requests` [B] with candidates `ad_rows` [B or 1, N]."""
+        rows = np.where(ad_mask, ad_rows, 0)
+        return Batch(
+            ad_fields=torch.from_numpy(np.asarray(self.ad_fields)[rows]).long() * torch.from_numpy(ad_mask).unsqueeze(-1),
+            ad_mask=torch.from_numpy(ad_mask),
+            ad_place=torch.from_numpy(np.asarray(self.ad_place)[rows]),
+            user_fields=torch.from_numpy(self.user_fields[requests]).long(),
+            context_fields=torch.from_numpy(self.context_fields[requests]).long(),
+            behaviours=torch.from_numpy(self.behaviours[requests]).long(),
+            request_place=torch.from_numpy(self.request_place[requests]),
+        )
+
+    def batch(self, requests: np.ndarray, exposed_only: bool = False) -> TrainingBatch:
+        """Sampled candidates (exposed first) of the given requests, or the exposed ones alone."""
+        requests = np.sort(np.asarray(requests))
+        width = self.slots if exposed_only else self.candidate.shape[1]
+        candidate = np.array(self.candidate[requests, :width])
+        mask = candidate >= 0
+        exposed = mask & (np.arange(width) < self.slots)
+        rows = np.where(mask, candidate, 0)
+        day = np.asarray(self.day[requests])
+        unit = np.array([self.city(d, c).unit for d, c in zip(day, self.city_code[requests], strict=True)])[:, None]
+        bid = np.nan_to_num(np.asarray(self.bid)[day[:, None], rows])
+        bid[:, : self.slots] = np.where(exposed[:, : self.slots], np.nan_to_num(self.exposed_bid[requests]), 0.0)
+        reserve = np.nan_to_num(np.asarray(self.reserve)[day[:, None], rows])
+        return TrainingBatch(
+            requests=requests,
+            inputs=self.inputs(requests, rows, mask),
+            click=torch.from_numpy(self.click[requests, :width]).float(),
+            purchase=torch.from_numpy(self.purchase[requests, :width]).float(),
+            exposed=torch.from_numpy(exposed),
+            log_inclusion=torch.from_numpy(self.log_inclusion[requests, :width]),
+            bid=torch.from_numpy(np.where(mask, bid / unit, 0.0)).float(),
+            reserve=torch.from_numpy(np.where(mask, reserve / unit, 0.0)).float(),
+        )
+
+
+def epoch_order(rows: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch: a function of (seed, epoch) alone, so a resumed run sees the same batches."""
+    return np.random.default_rng([seed, epoch]).permutation(rows)

@@ -1,0 +1,432 @@
+"""The four stages of EGA-V1 (paper Sec. 4) on request samples.
+
+pretrain (Eq. 20) -> reward (Eq. 21, twice: training and evaluation evaluator) -> rlaf (Eq. 22-23) -> payment (Eq. 24).
+Shape letters: B requests, N candidates, M sampled candidates, K slots, D width, G misreports.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from dataclasses import field as plain_field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as config_dataclass
+from torch import Tensor
+from torch.nn import functional as F
+
+from marketplace import schema
+from model.ega_v1.network import EgaV1, Evaluator, NetworkConfig, allocation_scores
+from model.evaluation.metrics import auc, deviation, log_loss
+from model.training.data import Samples, TrainingBatch, geo_table, vocabulary_sizes
+from model.training.loop import Device, LoopConfig, StageResult, run_stage
+
+_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+@config_dataclass(frozen=True, config=_STRICT)
+class PretrainConfig(LoopConfig):
+    """Stage 1: set-aware pCTR on exposed and unexposed candidates."""
+
+    purchase_weight: float = Field(0.2, ge=0)
+    """Weight of the auxiliary purchase task."""
+    inclusion_correction: Literal["log_q", "none"] = "log_q"
+    """How sampled unexposed candidates are corrected: subtract their log inclusion probability, or not at all."""
+
+
+@config_dataclass(frozen=True, config=_STRICT)
+class RewardConfig(LoopConfig):
+    """Stage 2: evaluators on exposed pages, RecFormer frozen."""
+
+    purchase_weight: float = Field(0.2, ge=0)
+    """Weight of the purchase task."""
+
+
+@config_dataclass(frozen=True, config=_STRICT)
+class RlafConfig(LoopConfig):
+    """Stage 3: the generator learns from the evaluator's reading of its pages."""
+
+    candidates: int = Field(256, ge=8)
+    """Most candidates of a request; larger cities keep half by q*b and half at random."""
+    kl: float = Field(0.02, ge=0)
+    """Weight of KL(policy || separable policy), per slot."""
+    entropy: float = Field(0.0, ge=0)
+    """Weight of the entropy bonus, per slot."""
+
+
+@config_dataclass(frozen=True, config=_STRICT)
+class PaymentConfig(LoopConfig):
+    """Stage 4: the payment network under a regret constraint."""
+
+    candidates: int = Field(256, ge=8)
+    """As in stage 3."""
+    rho: float = Field(5.0, gt=0)
+    """rho, quadratic penalty and step of the multipliers."""
+    multiplier: float = Field(2.0, ge=0)
+    """lambda at the start, one a slot."""
+    misreports: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 0.9, 1.1, 1.2, 1.5, 2.0)
+    """gamma, bids tried as factors of the value; the regenerated page decides what they win."""
+
+
+@config_dataclass(frozen=True, config=_STRICT)
+class TrainingConfig:
+    """All four stages."""
+
+    pretrain: PretrainConfig = PretrainConfig()
+    """Stage 1."""
+    reward: RewardConfig = RewardConfig(steps=600, validate_every=100, learning_rate=1e-3, batch=256)
+    """Stage 2, training evaluator."""
+    evaluation: RewardConfig = RewardConfig(steps=600, validate_every=100, learning_rate=1e-3, batch=256, seed=2)
+    """Stage 2, evaluation evaluator."""
+    rlaf: RlafConfig = RlafConfig(steps=400, validate_every=50, learning_rate=1e-3, requests=4096, validation_requests=1024)
+    """Stage 3."""
+    payment: PaymentConfig = PaymentConfig(steps=200, validate_every=40, learning_rate=1e-3, batch=64, requests=2048, validation_requests=512)
+    """Stage 4."""
+    threads: int = Field(2, ge=1)
+    """CPU threads of every stage; part of the result."""
+
+
+def build_network(config: NetworkConfig, samples: Samples, seed: int) -> EgaV1:
+    """A freshly initialised network for a sample folder; equal seeds give equal bytes."""
+    torch.manual_seed(seed)
+    sizes = vocabulary_sizes(samples.vocabulary)
+    return EgaV1(config, sizes, geo_table(samples.vocabulary, config.embedding, seed), prior_ctr=min(0.5, max(1e-3, samples.mean_exposed_ctr)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 1
+
+
+def pretrain_loss(network: EgaV1, batch: TrainingBatch, config: PretrainConfig) -> Tensor:
+    """Eq. 20 over K exposed and N_s unexposed candidates, a mean over requests divided by K, with the purchase task.
+
+    An unexposed candidate is in the sample with probability pi_i (if it was not chosen by the user) or 1 (if it was), so
+    its sampled log-odds exceed the true ones by -log pi_i; adding that to the logit leaves q calibrated. A learned shift
+    separates "clicked elsewhere" from "clicked when shown", so that q is the probability of a click *when shown*.
+    """
+    h, user = network.encode(batch.inputs)
+    total: Tensor = h.new_zeros(())
+    mask = batch.inputs.ad_mask
+    for index, (logit, label, weight) in enumerate(
+        zip(network.heads(h, user), (batch.click, batch.purchase), (1.0, config.purchase_weight), strict=True)
+    ):
+        offset = network.unexposed_shift[index] - (batch.log_inclusion if config.inclusion_correction == "log_q" else 0.0)
+        logit = torch.where(batch.exposed, logit, logit + offset)
+        losses = F.binary_cross_entropy_with_logits(logit, label, reduction="none")
+        total = total + weight * (losses * mask).sum() / (len(batch.requests) * network.config.slots)
+    return total
+
+
+@torch.no_grad()
+def pretrain_metrics(network: EgaV1, samples: Samples, rows: np.ndarray, batch: int) -> dict[str, float]:
+    """AUC on all sampled candidates, on exposed ones, Dev and log-loss on exposed ones; `score` is the mean of both AUCs."""
+    scores, labels, exposed = [], [], []
+    for start in range(0, len(rows), batch):
+        b = samples.batch(rows[start : start + batch])
+        h, user = network.encode(b.inputs)
+        mask = b.inputs.ad_mask
+        scores.append(torch.sigmoid(network.click_head(h, user))[mask].numpy())
+        labels.append(b.click[mask].numpy())
+        exposed.append(b.exposed[mask].numpy())
+    q, y, shown = np.concatenate(scores), np.concatenate(labels), np.concatenate(exposed)
+    result = {"auc": auc(y, q), "auc_exposed": auc(y[shown], q[shown]), "dev": deviation(q[shown], y[shown]), "log_loss": log_loss(y[shown], q[shown])}
+    return {"score": (result["auc"] + result["auc_exposed"]) / 2, **result}
+
+
+def pretrain(network: EgaV1, samples: Samples, config: PretrainConfig, folder: Path, device: Device, fingerprint: dict[str, Any]) -> StageResult:
+    """Stage 1: everything before AucFormer."""
+    parameters = network.enter_stage("pretrain")
+    rows = newest(samples.split_rows(schema.TRAIN), config.requests)
+    check = newest(samples.split_rows(schema.VALIDATION), config.validation_requests)
+
+    def step(chosen: np.ndarray, noise: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        with device.autocast():
+            return pretrain_loss(network, samples.batch(chosen), config), {}
+
+    return run_stage(
+        "pretrain", network, parameters, config, rows, step, lambda: pretrain_metrics(network, samples, check, config.batch), folder,
+        {**fingerprint, "config": asdict(config)}, device,
+    )
+
+
+def newest(rows: np.ndarray, count: int) -> np.ndarray:
+    """The last `count` rows (samples are in time order); all when count is 0."""
+    return rows[-count:] if count else rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Frozen representations for the later stages
+
+
+@dataclass
+class Pool:
+    """What RecFormer says of R requests, computed once: later stages never change it.
+
+    h [R, N, D], user [R, D], click and purchase logits [R, N], bid and reserve over the city's median [R, N], mask [R, N],
+    ad_rows [R, N] rows of the ad table.
+    """
+
+    requests: np.ndarray
+    h: Tensor
+    user: Tensor
+    click: Tensor
+    purchase: Tensor
+    bid: Tensor
+    reserve: Tensor
+    mask: Tensor
+    ad_rows: np.ndarray
+    unit: np.ndarray
+    extra: dict[str, Tensor] = plain_field(default_factory=dict)
+
+    def take(self, index: np.ndarray) -> Pool:
+        """The same for some requests, by position."""
+        i = torch.from_numpy(np.asarray(index))
+        return Pool(
+            self.requests[index], self.h[i], self.user[i], self.click[i], self.purchase[i], self.bid[i], self.reserve[i], self.mask[i],
+            self.ad_rows[index], self.unit[index], {name: value[i] for name, value in self.extra.items()},
+        )
+
+
+@torch.no_grad()
+def encode_city(network: EgaV1, samples: Samples, rows: np.ndarray, candidates: int, seed: int, batch: int = 32) -> Pool:
+    """The whole active city as candidates, as in serving; beyond `candidates` half are kept by q*b and half at random.
+
+    The network always sees the whole city; only what is *kept* for the later stage is thinned.
+    """
+    network.eval()
+    order = np.lexsort((rows, samples.city_code[rows], samples.day[rows]))
+    parts: list[tuple[np.ndarray, ...]] = []
+    keep = max((min(candidates, len(samples.city(d, c).rows)) for d, c in {(int(samples.day[r]), int(samples.city_code[r])) for r in rows}), default=0)
+    draw = np.random.default_rng(seed)
+    position = 0
+    while position < len(order):
+        first = rows[order[position]]
+        day, code = int(samples.day[first]), int(samples.city_code[first])
+        stop = position
+        while stop < len(order) and stop - position < batch and (int(samples.day[rows[order[stop]]]), int(samples.city_code[rows[order[stop]]])) == (day, code):
+            stop += 1
+        requests = rows[order[position:stop]]
+        city = samples.city(day, code)
+        inputs = samples.inputs(requests, city.rows[None], np.ones((1, len(city.rows)), bool))
+        h, user = network.encode(inputs)
+        click, purchase = network.heads(h, user)
+        bid = np.broadcast_to(city.bid, click.shape)
+        chosen = _thin(torch.sigmoid(click).numpy() * bid, keep, draw)
+        index = torch.from_numpy(chosen)
+        parts.append((
+            requests,
+            torch.gather(h, 1, index.unsqueeze(-1).expand(-1, -1, h.shape[-1])).numpy(), user.numpy(),
+            torch.gather(click, 1, index).numpy(), torch.gather(purchase, 1, index).numpy(),
+            city.bid[chosen], city.reserve[chosen], city.rows[chosen], np.full(len(requests), city.unit),
+        ))
+        position = stop
+    columns = [_stack([part[i] for part in parts], keep) for i in range(9)]
+    mask = columns[7] >= 0
+    back = np.argsort(columns[0], kind="stable")
+    requests, h, user, click, purchase, bid, reserve, ad_rows, unit = (column[back] for column in columns)
+    mask = mask[back]
+    return Pool(
+        requests, torch.from_numpy(h), torch.from_numpy(user), torch.from_numpy(click), torch.from_numpy(purchase),
+        torch.from_numpy(bid * mask).float(), torch.from_numpy(reserve * mask).float(), torch.from_numpy(mask), ad_rows, unit,
+    )
+
+
+def _thin(score: np.ndarray, keep: int, draw: np.random.Generator) -> np.ndarray:
+    """Column indices [B, min(keep, N)], ascending: the better half by score, the rest at random."""
+    batch, total = score.shape
+    if total <= keep:
+        return np.broadcast_to(np.arange(total), (batch, total))
+    key = draw.random((batch, total))
+    best = np.argpartition(-score, keep // 2, axis=1)[:, : keep // 2]
+    np.put_along_axis(key, best, -1.0, axis=1)
+    return np.sort(np.argpartition(key, keep, axis=1)[:, :keep], axis=1)
+
+
+def _stack(parts: list[np.ndarray], keep: int) -> np.ndarray:
+    """Concatenate along requests; cities with fewer candidates are padded (ad rows with -1, the rest with 0)."""
+    if parts[0].ndim == 1 or parts[0].shape[1] == parts[-1].shape[1] == keep and len({p.shape[1:] for p in parts}) == 1:
+        return np.concatenate(parts)
+    if len({p.shape[1:] for p in parts}) == 1:
+        return np.concatenate(parts)
+    fill = -1 if parts[0].dtype.kind == "i" else 0
+    padded = [np.pad(p, [(0, 0), (0, keep - p.shape[1])] + [(0, 0)] * (p.ndim - 2), constant_values=fill) for p in parts]
+    return np.concatenate(padded)
+
+
+@torch.no_grad()
+def encode_exposed(network: EgaV1, samples: Samples, rows: np.ndarray, batch: int = 128) -> dict[str, Tensor]:
+    """Frozen representations of the exposed pages of `rows`, seen among their sampled candidates: h [R, K, D] and so on."""
+    network.eval()
+    slots = samples.slots
+    parts: dict[str, list[Tensor]] = {name: [] for name in ("h", "user", "click_logit", "purchase_logit", "click", "purchase", "mask")}
+    for start in range(0, len(rows), batch):
+        b = samples.batch(np.sort(rows)[start : start + batch])
+        h, user = network.encode(b.inputs)
+        h = h[:, :slots].contiguous()
+        click, purchase = network.heads(h, user)
+        values = {
+            "h": h, "user": user, "click_logit": click, "purchase_logit": purchase,
+            "click": b.click[:, :slots], "purchase": b.purchase[:, :slots], "mask": b.exposed[:, :slots],
+        }
+        for name, value in values.items():
+            parts[name].append(value)
+    return {name: torch.cat(value) for name, value in parts.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 2
+
+
+def train_reward(
+    network: EgaV1, samples: Samples, config: RewardConfig, which: Literal["reward", "evaluation"], folder: Path, device: Device,
+    fingerprint: dict[str, Any],
+) -> StageResult:
+    """Stage 2 (Eq. 21). The two evaluators learn from alternate training days, so their errors are not shared."""
+    parameters = network.enter_stage(which)
+    evaluator: Evaluator = network.evaluator if which == "reward" else network.evaluation_evaluator
+    train = samples.split_rows(schema.TRAIN)
+    days = np.unique(samples.day[train])
+    mine = days[(0 if which == "reward" else 1) :: 2] if len(days) > 1 else days
+    rows = newest(train[np.isin(samples.day[train], mine)], config.requests)
+    data = encode_exposed(network, samples, rows)
+    check = encode_exposed(network, samples, newest(samples.split_rows(schema.VALIDATION), config.validation_requests))
+
+    def step(chosen: np.ndarray, noise: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        i = torch.from_numpy(chosen)
+        mask = data["mask"][i]
+        click, purchase = evaluator(data["h"][i], data["user"][i], data["click_logit"][i], data["purchase_logit"][i], mask)
+        loss = _masked_bce(click, data["click"][i], mask) + config.purchase_weight * _masked_bce(purchase, data["purchase"][i], mask)
+        return loss, {}
+
+    def validate() -> dict[str, float]:
+        return reward_metrics(evaluator, check)
+
+    return run_stage(which, network, parameters, config, np.arange(len(rows)), step, validate, folder, {**fingerprint, "config": asdict(config)}, device)
+
+
+def _masked_bce(logit: Tensor, label: Tensor, mask: Tensor) -> Tensor:
+    return (F.binary_cross_entropy_with_logits(logit, label, reduction="none") * mask).sum() / mask.sum().clamp(min=1)
+
+
+@torch.no_grad()
+def reward_metrics(evaluator: Evaluator, data: dict[str, Tensor]) -> dict[str, float]:
+    """AUC, log-loss and Dev of an evaluator on exposed pages beside those of the set-aware pCTR; `score` is -log-loss."""
+    mask = data["mask"]
+    logit, _ = evaluator(data["h"], data["user"], data["click_logit"], data["purchase_logit"], mask)
+    y, q, base = data["click"][mask].numpy(), torch.sigmoid(logit)[mask].numpy(), torch.sigmoid(data["click_logit"])[mask].numpy()
+    return {
+        "score": -log_loss(y, q), "auc": auc(y, q), "log_loss": log_loss(y, q), "dev": deviation(q, y),
+        "set_auc": auc(y, base), "set_log_loss": log_loss(y, base),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 3
+
+
+def greedy_page(score_BNK: Tensor, mask_BN: Tensor, banned_BN: Tensor | None = None) -> Tensor:
+    """Slot by slot argmax without repetition; [B, K] candidate positions, -1 when none is left."""
+    free = mask_BN if banned_BN is None else mask_BN & ~banned_BN
+    pages = []
+    for slot in range(score_BNK.shape[-1]):
+        value, best = score_BNK[..., slot].masked_fill(~free, float("-inf")).max(1)
+        page = torch.where(torch.isfinite(value), best, -torch.ones_like(best))
+        pages.append(page)
+        free = free.scatter(1, best.unsqueeze(1), False)
+    return torch.stack(pages, 1)
+
+
+def sample_page(score_BNK: Tensor, mask_BN: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Plackett-Luce: a page [B, K] drawn slot by slot from the masked softmax over ads (Eq. 17's z, our reading), the log
+    probabilities of its choices [B, K], and the mean entropy of the slots' distributions [B]."""
+    free = mask_BN
+    page, log_probability, entropy = [], [], []
+    for slot in range(score_BNK.shape[-1]):
+        logp = torch.log_softmax(score_BNK[..., slot].masked_fill(~free, float("-inf")), -1)
+        uniform = torch.rand(logp.shape, generator=noise).clamp(1e-12, 1 - 1e-7)
+        choice = (logp.detach() - torch.log(-torch.log(uniform))).argmax(1)
+        page.append(choice)
+        log_probability.append(logp.gather(1, choice.unsqueeze(1)).squeeze(1))
+        entropy.append(-(logp.exp() * logp.masked_fill(~free, 0.0)).sum(1))
+        free = free.scatter(1, choice.unsqueeze(1), False)
+    return torch.stack(page, 1), torch.stack(log_probability, 1), torch.stack(entropy, 1).mean(1)
+
+
+def page_values(network: EgaV1, pool: Pool, pages: Tensor, evaluator: Evaluator) -> Tensor:
+    """Sum of b*q over the ads of pages [B, K] or [B, P, K] under an evaluator, in units of the median bid."""
+    logit, _ = network.page_logits(pool.h, pool.user, pool.click, pool.purchase, pages, evaluator)
+    index = pages.clamp(min=0).reshape(len(pages), -1)
+    bid = torch.gather(pool.bid, 1, index).reshape(pages.shape) * (pages >= 0)
+    return (torch.sigmoid(logit) * bid).sum(-1)
+
+
+def separable_scores(network: EgaV1, pool: Pool, weight: Tensor) -> Tensor:
+    """Scores with A = M = 0: the ranking by q*b, [B, N, K]."""
+    return (weight.exp() * torch.sigmoid(pool.click) * pool.bid).unsqueeze(-1).expand(-1, -1, network.config.slots)
+
+
+def generator_scores(network: EgaV1, pool: Pool) -> Tensor:
+    """Eq. 17 scores of the current generator for a pool, [B, N, K]."""
+    affinity, slopes = network.generator(pool.h, pool.mask, pool.user)
+    return allocation_scores(torch.sigmoid(pool.click), pool.bid, affinity, slopes)
+
+
+def train_rlaf(network: EgaV1, samples: Samples, config: RlafConfig, folder: Path, device: Device, fingerprint: dict[str, Any]) -> StageResult:
+    """Stage 3 (Eq. 22-23): policy gradient with marginal rewards; stops on the evaluation evaluator, not on the training one."""
+    parameters = network.enter_stage("rlaf")
+    pool = encode_city(network, samples, newest(samples.split_rows(schema.TRAIN), config.requests), config.candidates, config.seed)
+    check = encode_city(network, samples, newest(samples.split_rows(schema.VALIDATION), config.validation_requests), config.candidates, config.seed + 1)
+    reference = network.generator.weight().detach().clone()
+
+    def step(chosen: np.ndarray, noise: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        batch = pool.take(chosen)
+        score = generator_scores(network, batch)
+        page, logp, entropy = sample_page(score, batch.mask, noise)
+        with torch.no_grad():
+            reward = marginal_rewards(network, batch, score, page)
+        centred = (reward - reward.mean()) / reward.std().clamp(min=1e-6)
+        loss = -(centred * logp).sum(1).mean() - config.entropy * entropy.mean()
+        if config.kl:
+            base = separable_scores(network, batch, reference).masked_fill(~batch.mask.unsqueeze(-1), float("-inf"))
+            here = score.masked_fill(~batch.mask.unsqueeze(-1), float("-inf"))
+            log_here, log_base = torch.log_softmax(here, 1), torch.log_softmax(base, 1)
+            gap = (log_here - log_base).masked_fill(~batch.mask.unsqueeze(-1), 0.0)
+            loss = loss + config.kl * (log_here.exp() * gap).sum(1).mean()
+        return loss, {"reward": float(reward.sum(1).mean()), "w": float(network.generator.weight().detach())}
+
+    def validate() -> dict[str, float]:
+        return policy_metrics(network, check)
+
+    return run_stage("rlaf", network, parameters, config, np.arange(len(pool.requests)), step, validate, folder, {**fingerprint, "config": asdict(config)}, device)
+
+
+def marginal_rewards(network: EgaV1, batch: Pool, score: Tensor, page: Tensor) -> Tensor:
+    """Eq. 22: value of the page minus the value of the page generated again without ad i; [B, K]."""
+    without = []
+    for slot in range(page.shape[1]):
+        banned = torch.zeros_like(batch.mask).scatter(1, page[:, slot : slot + 1], True)
+        without.append(greedy_page(score, batch.mask, banned))
+    values = page_values(network, batch, torch.stack([page, *without], 1), network.evaluator)
+    return values[:, :1] - values[:, 1:]
+
+
+@torch.no_grad()
+def policy_metrics(network: EgaV1, pool: Pool, batch: int = 256) -> dict[str, float]:
+    """Bid-weighted clicks per page (eRPM at first price / 1000, in median bids) and clicks per page of the generator and of
+    the separable ranking, under both evaluators; `score` is the generator's value under the evaluation evaluator."""
+    totals: dict[str, float] = {}
+    for start in range(0, len(pool.requests), batch):
+        part = pool.take(np.arange(start, min(start + batch, len(pool.requests))))
+        pages = {
+            "generator": greedy_page(generator_scores(network, part), part.mask),
+            "separable": greedy_page(separable_scores(network, part, network.generator.weight()), part.mask),
+        }
+        for policy, page in pages.items():
+            for judge, evaluator in (("reward", network.evaluator), ("evaluation", network.evaluation_evaluator)):
+                key = f"{policy}_{judge}"
+                totals[key] = totals.get(key, 0.0) + float(page_values(network, part, page, evaluator).sum())
+    metrics = {name: value / len(pool.requests) for name, value in totals.items()}
+    return {"score": metrics["generator_evaluation"], **metrics}

@@ -1,0 +1,1 @@
+"""Events to facts, A/B statistics, drift, reports."""

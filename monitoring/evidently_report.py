@@ -1,0 +1,119 @@
+"""The Evidently report: our verdict and arms as custom metrics, drift of every watched column. Displays results, computes no inference of its own.
+
+Evidently takes seconds to import, so only `report` imports this module, and inside a function. A metric's fields are its identity, therefore
+the numbers come from the data (per-user sums) in `calculate`. An absent arm gives NaN, which fails its tests.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from evidently import DataDefinition, Dataset, Report
+from evidently.core.metric_types import SingleValueCalculation, SingleValueMetric
+from evidently.legacy.model.widget import BaseWidgetInfo
+from evidently.legacy.renderers.html_widgets import CounterData, counter
+from evidently.metrics import ValueDrift
+from evidently.tests import gte
+
+from monitoring import ab_stats
+from monitoring.drift import METHODS, DriftColumn, DriftConfig, DriftRow, side_by_side
+from monitoring.facts import SUMS
+from monitoring.verdict import HEADLINE, METRICS, ExperimentPlan, Verdict, arm_estimate
+
+PARTS = {"lift": "value", "lift_low": "low", "lift_high": "high", "p": "p_value"}
+
+
+def _users(data: Dataset) -> pd.DataFrame:
+    frame = data.as_dataframe()
+    return frame.loc[frame["arm"].notna()]
+
+
+class VerdictShown(SingleValueMetric):
+    """Share of planned users reached, with the verdict as its widget; the first thing on the page."""
+
+    headline: str
+    sentence: str
+    planned: int
+
+
+class VerdictShownCalculation(SingleValueCalculation[VerdictShown]):
+    def calculate(self, context: Any, current_data: Dataset, reference_data: Dataset | None) -> Any:
+        result = self.result(len(_users(current_data)) / self.metric.planned)
+        widget: BaseWidgetInfo = counter(title=self.metric.headline, counters=[CounterData(label=self.metric.sentence, value=self.metric.headline)])
+        result.widget = [widget]
+        return result
+
+    def display_name(self) -> str:
+        return "Users reached, share of the plan"
+
+
+class ArmValue(SingleValueMetric):
+    """A metric of one arm: ratio of sums over users."""
+
+    arm: str
+    metric_name: str
+
+
+class ArmValueCalculation(SingleValueCalculation[ArmValue]):
+    def calculate(self, context: Any, current_data: Dataset, reference_data: Dataset | None) -> Any:
+        metric = METRICS[self.metric.metric_name]
+        return self.result(arm_estimate(_users(current_data), self.metric.arm, metric.numerator, metric.denominator).value * metric.scale)
+
+    def display_name(self) -> str:
+        return f"{METRICS[self.metric.metric_name].label}, arm {self.metric.arm}"
+
+
+class AbPart(SingleValueMetric):
+    """One number of a comparison: lift, a bound of its interval, or p."""
+
+    control: str
+    treatment: str
+    metric_name: str
+    part: str
+
+
+class AbPartCalculation(SingleValueCalculation[AbPart]):
+    def calculate(self, context: Any, current_data: Dataset, reference_data: Dataset | None) -> Any:
+        metric, users = METRICS[self.metric.metric_name], _users(current_data)
+        arms = (arm_estimate(users, arm, metric.numerator, metric.denominator) for arm in (self.metric.control, self.metric.treatment))
+        return self.result(float(getattr(ab_stats.lift(*arms), PARTS[self.metric.part])))
+
+    def display_name(self) -> str:
+        return f"{METRICS[self.metric.metric_name].label}: {self.metric.part.replace('_', ' ')} of {self.metric.treatment} over {self.metric.control}"
+
+
+def _metrics(plan: ExperimentPlan, verdict: Verdict, planned: int, columns: list[DriftColumn], rows: dict[str, DriftRow]) -> list[Any]:
+    arms = {"control": plan.control, "treatment": plan.treatment}
+    shown: list[Any] = [VerdictShown(headline=verdict.headline, sentence=verdict.sentence, planned=planned)]
+    for name in HEADLINE:
+        shown += [ArmValue(arm=arm, metric_name=name) for arm in arms.values()]
+        low = AbPart(**arms, metric_name=name, part="lift_low", tests=[gte(-plan.guardrails[name])] if name in plan.guardrails else None)
+        shown += [AbPart(**arms, metric_name=name, part="lift"), low, AbPart(**arms, metric_name=name, part="lift_high")]
+    shown += [ValueDrift(column=c.name, method=METHODS[c.kind], threshold=rows[c.name].threshold) for c in columns]
+    return shown
+
+
+def write(out: Path, users: pd.DataFrame, plan: ExperimentPlan, verdict: Verdict, planned: int, columns: list[DriftColumn], drift_rows: list[DriftRow], config: DriftConfig) -> dict[str, Any]:
+    """Write `evidently.html` (static, self-contained) into `out` and return the snapshot as a dict.
+
+    Args: users, the per-user table; columns and their measured rows (columns with too few rows are left out).
+    """
+    rows = {row.name: row for row in drift_rows}
+    columns = [column for column in columns if rows[column.name].note == ""]
+    current, reference = side_by_side(columns, config) if columns else (pd.DataFrame(), pd.DataFrame())
+    table = users[["arm", *SUMS]].reset_index(drop=True)
+    current = pd.concat([current, table], axis=1)
+    reference = pd.concat([reference, table.iloc[:0]], axis=1)
+    definition = DataDefinition(
+        numerical_columns=[*SUMS, *[c.name for c in columns if c.kind == "numeric"]], categorical_columns=["arm", *[c.name for c in columns if c.kind == "categorical"]]
+    )
+    before = Dataset.from_pandas(reference, data_definition=definition) if columns else None
+    report = Report(_metrics(plan, verdict, planned, columns, rows), include_tests=True)
+    snapshot = report.run(Dataset.from_pandas(current, data_definition=definition), before)
+    out.mkdir(parents=True, exist_ok=True)
+    part = out / ".evidently.part.html"
+    snapshot.save_html(str(part))
+    part.replace(out / "evidently.html")
+    return snapshot.dict()

@@ -1,0 +1,392 @@
+"""From facts to a decision: the plan of an experiment, its numbers by arm, and the verdict in plain words.
+
+Only what was observed counts: impressions, clicks, purchases and charges of the log. The simulator's hidden truth, which a real platform
+does not have, is neither read nor importable from here (it scores policies offline, in the evaluation step).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass as plain_dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from monitoring import ab_stats
+from monitoring.facts import SUMS, Facts, per_user
+
+_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+@plain_dataclass(frozen=True)
+class Metric:
+    """A ratio of per-user sums."""
+
+    label: str
+    numerator: str
+    denominator: str
+    scale: float = 1.0
+    unit: str = ""
+    up_is_good: bool | None = True
+    """None: neither way is better by itself."""
+
+
+METRICS: dict[str, Metric] = {
+    "ctr": Metric("CTR per impression", "clicks", "imps", 100.0, "%"),
+    "rpm": Metric("RPM per 1000 impressions", "revenue", "imps", 1000.0),
+    "roi": Metric("ROI, order value per ad spend", "gmv", "revenue"),
+    "ppc": Metric("PPC, price per click", "revenue", "clicks", up_is_good=None),
+    "clicks_per_request": Metric("Clicks per request", "clicks", "requests"),
+    "rpm_request": Metric("RPM per 1000 requests", "revenue", "requests", 1000.0),
+    "response_ms": Metric("Response time, ms (mean)", "response_ms", "answered", up_is_good=False),
+}
+"""RPM per request and per impression differ by the page length, so both stand in the table under their own names."""
+
+HEADLINE = ("ctr", "rpm", "roi", "ppc")
+
+Primary = Literal["rpm", "ctr", "roi", "rpm_request"]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ExperimentPlan:
+    """What was decided before the first user came."""
+
+    control: str = "control"
+    """Arm A."""
+    treatment: str = "ega"
+    """Arm B."""
+    treatment_share: float = Field(0.5, gt=0, lt=1)
+    """Planned share of arm B among the users of both arms."""
+    primary: Primary = "rpm"
+    """The metric that decides."""
+    alpha: float = Field(0.05, gt=0, lt=0.5)
+    """Two-sided error of the decision."""
+    rule: Literal["fixed", "always_valid"] = "fixed"
+    """fixed: one look at the planned size, Welch's test; always_valid: confidence sequence, any look may decide."""
+    planned_users: int | None = Field(None, ge=2)
+    """Users of both arms at which the test ends; null: all the traffic given is the whole test."""
+    worth: float = Field(0.02, gt=0)
+    """Least relative lift of the primary metric that is worth acting on."""
+    guardrails: dict[Literal["ctr", "roi", "clicks_per_request", "rpm"], float] = Field(default_factory=lambda: {"ctr": 0.02, "roi": 0.05})
+    """Greatest relative loss that is tolerated, by metric; passed if the lower bound of the lift is above minus this margin."""
+    slow_answer_ms: float = Field(250.0, gt=0)
+    """An answer is slow beyond this many milliseconds, as the client saw it."""
+    service_margin: float = Field(0.01, gt=0)
+    """Greatest tolerated rise of the share of slow or of degraded answers, absolute."""
+    calibration_margin: float = Field(0.10, gt=0)
+    """Predicted over observed clicks may be off by this share before an alarm."""
+    window_hours: float = Field(24.0, gt=0)
+    """A click or purchase later than this after its impression does not count."""
+    least_completeness: float = Field(0.999, gt=0, le=1)
+    """Least share of what the clients saw that must be in the log."""
+    most_crossed_users: float = Field(0.001, ge=0, lt=1)
+    """Greatest share of users seen in two arms; beyond it the assignment is broken."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ExperimentPlan:
+        if self.control == self.treatment:
+            raise ValueError(f"control and treatment must be two arms, got {self.control!r} twice")
+        if any(not 0 < margin < 1 for margin in self.guardrails.values()):
+            raise ValueError(f"guardrail margins must lie in (0, 1), got {dict(self.guardrails)}")
+        return self
+
+
+@plain_dataclass(frozen=True)
+class Verdict:
+    """The first rule that applied."""
+
+    code: Literal["invalid", "stop", "ship", "win_not_safe", "keep_running", "no_difference"]
+    headline: str
+    sentence: str
+    reasons: list[str]
+
+
+@plain_dataclass(frozen=True)
+class Analysis:
+    """Everything that the report shows and `ab_result.json` keeps. `users` is the per-user table of both arms, `days` sums by arm and day."""
+
+    verdict: Verdict
+    result: dict[str, Any]
+    users: pd.DataFrame
+    days: pd.DataFrame
+
+
+def arm_estimate(users: pd.DataFrame, arm: str, numerator: str, denominator: str) -> ab_stats.Estimate:
+    """A ratio of sums over the users of one arm; NaN for an arm or a column that is not there."""
+    if numerator not in users or denominator not in users:
+        return ab_stats.ratio_from_sums(0, 0, 0, 0, 0, 0)
+    rows = users.loc[users["arm"] == arm]
+    return ab_stats.ratio_per_user(rows[numerator].to_numpy(), rows[denominator].to_numpy())
+
+
+def users_with_responses(users: pd.DataFrame, responses: pd.DataFrame | None, slow_answer_ms: float) -> pd.DataFrame:
+    """Adds per-user sums of what the clients saw: answered, response_ms, slow, degraded (responses: one row an answered request)."""
+    if responses is None or responses.empty:
+        return users
+    seen = responses.drop_duplicates("request_id").assign(answered=1.0, slow=lambda r: (r["response_ms"] > slow_answer_ms).astype(float))
+    sums = seen.assign(degraded=seen["degraded"].astype(float)).groupby("user_id")[["answered", "response_ms", "slow", "degraded"]].sum().reset_index()
+    joined = users.merge(sums, on="user_id", how="left")
+    extra = ["answered", "response_ms", "slow", "degraded"]
+    joined[extra] = joined[extra].fillna(0.0)
+    return joined
+
+
+def _lift_record(users: pd.DataFrame, name: str, plan: ExperimentPlan, planned: int) -> dict[str, Any]:
+    metric = METRICS[name]
+    a, b = (arm_estimate(users, arm, metric.numerator, metric.denominator) for arm in (plan.control, plan.treatment))
+    shown, absolute, delta = ab_stats.lift(a, b, plan.alpha), ab_stats.difference(a, b, plan.alpha), ab_stats.lift_delta(a, b, plan.alpha)
+    total = a.users + b.users
+    sequence = ab_stats.always_valid(delta.value, delta.standard_error**2, total, planned, plan.alpha) if total else shown
+    spread = np.nanmean([ab_stats.relative_spread(e) if e.value > 0 else math.nan for e in (a, b)]) if a.value > 0 or b.value > 0 else math.nan
+    detectable = ab_stats.least_detectable_lift(spread, a.users, b.users) if spread > 0 and a.users and b.users else math.nan
+    return {
+        "metric": name,
+        "label": metric.label,
+        "control": a.value * metric.scale,
+        "treatment": b.value * metric.scale,
+        "lift": shown.value,
+        "lift_low": shown.low,
+        "lift_high": shown.high,
+        "p": absolute.p_value,
+        "difference": absolute.value * metric.scale,
+        "difference_low": absolute.low * metric.scale,
+        "difference_high": absolute.high * metric.scale,
+        "always_valid_low": sequence.low,
+        "always_valid_high": sequence.high,
+        "always_valid_p": sequence.p_value,
+        "relative_is_safe": bool(ab_stats.denominator_weakness(a, b, plan.alpha) <= ab_stats.WEAK_DENOMINATOR),
+        "spread": float(spread),
+        "least_detectable_lift": detectable,
+    }
+
+
+def _cuped_record(users: pd.DataFrame, before: pd.DataFrame | None, plan: ExperimentPlan) -> dict[str, Any] | None:
+    """The primary lift with the users' own pre-period taken out: shown beside the plain one, which decides."""
+    if before is None or before.empty:
+        return None
+    metric = METRICS[plan.primary]
+    history = before.groupby("user_id")[SUMS].sum()
+    arrays = []
+    for arm in (plan.control, plan.treatment):
+        rows = users.loc[users["arm"] == arm]
+        past = history.reindex(rows["user_id"]).fillna(0.0)
+        arrays += [tuple(frame[column].to_numpy() for column in (metric.numerator, metric.denominator)) for frame in (rows, past)]
+    if min(len(pair[0]) for pair in arrays) < 2:
+        return None
+    adjusted = ab_stats.cuped(*arrays)
+    shown = ab_stats.lift(adjusted.a, adjusted.b, plan.alpha)
+    return {"metric": plan.primary, "lift": shown.value, "lift_low": shown.low, "lift_high": shown.high, "p": shown.p_value, "theta": adjusted.theta, "correlation": adjusted.correlation}
+
+
+def _guardrails(users: pd.DataFrame, lifts: dict[str, dict[str, Any]], plan: ExperimentPlan) -> list[dict[str, Any]]:
+    records = []
+    share = (plan.treatment_share) / (1 - plan.treatment_share)
+    for name, margin in plan.guardrails.items():
+        record = lifts[name]
+        low, high = (record["always_valid_low"], record["always_valid_high"]) if plan.rule == "always_valid" else (record["lift_low"], record["lift_high"])
+        needed = ab_stats.users_needed(record["spread"], -margin, share) * (1 + share) if record["spread"] > 0 else math.nan
+        records.append(
+            {
+                "name": name,
+                "label": METRICS[name].label,
+                "value": record["lift"],
+                "low": low,
+                "high": high,
+                "limit": -margin,
+                "passed": bool(low > -margin),
+                "harmed": bool(record["always_valid_high"] < -margin or (plan.rule == "fixed" and high < -margin)),
+                "users_needed": needed,
+                "relative": True,
+            }
+        )
+    for name, label in (("slow", f"Answers slower than {plan.slow_answer_ms:g} ms"), ("degraded", "Degraded answers")):
+        if name not in users:
+            continue
+        a, b = (arm_estimate(users, arm, name, "answered") for arm in (plan.control, plan.treatment))
+        change = ab_stats.difference(a, b, plan.alpha)
+        records.append(
+            {
+                "name": name,
+                "label": label,
+                "value": change.value,
+                "low": change.low,
+                "high": change.high,
+                "limit": plan.service_margin,
+                "passed": bool(change.high < plan.service_margin),
+                "harmed": bool(change.low > plan.service_margin),
+                "users_needed": math.nan,
+                "relative": False,
+            }
+        )
+    return records
+
+
+def _calibration(users: pd.DataFrame, before: pd.DataFrame | None, plan: ExperimentPlan, same_policy: bool) -> list[dict[str, Any]]:
+    """Predicted over observed clicks of each arm; the control's target is what the same policy had in the reference period."""
+    records = []
+    target = 1.0
+    if same_policy and before is not None and before["clicks"].sum() > 0:
+        target = float(before["predicted"].sum() / before["clicks"].sum())
+    for arm, wanted in ((plan.control, target), (plan.treatment, 1.0)):
+        estimate = arm_estimate(users, arm, "predicted", "clicks")
+        half = 1.96 * math.sqrt(estimate.variance) if estimate.variance >= 0 else math.nan
+        low, high = estimate.value - half, estimate.value + half
+        alarm = low > wanted * (1 + plan.calibration_margin) or high < wanted * (1 - plan.calibration_margin)
+        records.append({"arm": arm, "predicted_over_observed": estimate.value, "low": low, "high": high, "expected": wanted, "alarm": bool(alarm)})
+    return records
+
+
+def _percent(value: float, digits: int = 1) -> str:
+    return "unknown" if not math.isfinite(value) else f"{100 * value:+.{digits}f} %".replace("-", "\N{MINUS SIGN}")
+
+
+def _interval(low: float, high: float) -> str:
+    return f"{_percent(low)} to {_percent(high)}"
+
+
+def _broken(facts: Facts, users: pd.DataFrame, plan: ExperimentPlan, srm_p: float, completeness: float | None) -> list[str]:
+    """Rule 1: why the numbers must not be read."""
+    reasons, counts = [], facts.counts
+    per_arm = {arm: int((users["arm"] == arm).sum()) for arm in (plan.control, plan.treatment)}
+    if srm_p < ab_stats.SRM_ALARM:
+        split = ", ".join(f"{arm} {n}" for arm, n in per_arm.items())
+        reasons.append(f"Users are not split as planned ({split}; p = {srm_p:.2g}): the assignment or the logging of one arm is broken.")
+    if min(per_arm.values()) < 2:
+        reasons.append(f"An arm has fewer than two users ({', '.join(f'{arm} {n}' for arm, n in per_arm.items())}).")
+    if completeness is not None and completeness < plan.least_completeness:
+        reasons.append(f"The log holds {100 * completeness:.2f} % of what the clients saw; at least {100 * plan.least_completeness:g} % is needed.")
+    if counts.conflicting_impressions:
+        reasons.append(f"{counts.conflicting_impressions} impressions name another ad for a slot that is already taken.")
+    crossed = counts.users_in_two_arms / max(1, len(users) + counts.users_in_two_arms)
+    if crossed > plan.most_crossed_users:
+        reasons.append(f"{counts.users_in_two_arms} users were seen in two arms ({100 * crossed:.2f} %).")
+    return reasons
+
+
+def decide(
+    plan: ExperimentPlan, lifts: dict[str, dict[str, Any]], guardrails: list[dict[str, Any]], broken: list[str], prices_above_bid: int, users: int, planned: int
+) -> Verdict:
+    """The verdict: the first rule that applies. Stopping for harm may use the always-valid bound at any time, and at the planned size also the plan's own."""
+    main = lifts[plan.primary]
+    name = METRICS[plan.primary].label.split(",")[0]
+    arm = plan.treatment
+    finished = users >= planned
+    fixed = plan.rule == "fixed"
+    low, high, p = (main["lift_low"], main["lift_high"], main["p"]) if fixed else (main["always_valid_low"], main["always_valid_high"], main["always_valid_p"])
+    sized = users >= ab_stats.SEQUENTIAL_LEAST_USERS
+    may_decide = finished if fixed else sized
+    result = f"{name} {_percent(main['lift'])} ({_interval(low, high)})"
+    if broken:
+        return Verdict("invalid", "Invalid: do not read the numbers", "The experiment is broken, so its lifts mean nothing. Mend the cause and start again with a new salt.", broken)
+    if prices_above_bid:
+        return Verdict("stop", "Stop: an advertiser was charged above the bid", f"{prices_above_bid} impressions carry a price above their bid. One such case ends a test.", [])
+    harmed = [g for g in guardrails if g["harmed"] and may_decide or g["harmed"] and sized and not g["relative"]]
+    sequence_harm = sized and main["always_valid_high"] < 0
+    if sequence_harm or (may_decide and high < 0):
+        worst = main["always_valid_high"] if sequence_harm and not may_decide else high
+        return Verdict("stop", f"Stop: {arm} loses {name}", f"{arm} loses at least {_percent(-worst).lstrip('+')} of {name}: {result}.", [])
+    if harmed:
+        reasons = [f"{g['label']}: {_percent(g['value'])} ({_interval(g['low'], g['high'])}), limit {_percent(g['limit'])}." for g in harmed]
+        return Verdict("stop", f"Stop: {arm} breaks a guardrail", f"{harmed[0]['label']} is beyond its limit. {result}.", reasons)
+    unproven = [g for g in guardrails if not g["passed"]]
+    if may_decide and main["lift"] > 0 and p < plan.alpha:
+        if not unproven:
+            safe = "; ".join(f"{METRICS[n].label.split(',')[0]} not worse than {_percent(-m, 0)}" for n, m in plan.guardrails.items())
+            return Verdict("ship", f"Ship {arm}: {name} {_percent(main['lift'])}", f"{result}{'; ' + safe if safe else ''}.", [])
+        reasons = []
+        for g in unproven:
+            text = f"{g['label']}: {_percent(g['value'])} ({_interval(g['low'], g['high'])}), must be shown to stay {'above' if g['relative'] else 'below'} {_percent(g['limit'])}"
+            more = f"; about {max(0, math.ceil(g['users_needed']) - users):,} more users" if math.isfinite(g["users_needed"]) and g["users_needed"] > users else ""
+            reasons.append(f"{text}{more}.")
+        return Verdict("win_not_safe", f"A win, not yet safe: {name} {_percent(main['lift'])}", f"{result}, but not every guardrail is proven.", reasons)
+    if not finished:
+        return Verdict(
+            "keep_running",
+            "Keep running",
+            f"{users:,} of {planned:,} planned users. So far {result}; a test of this size finds lifts from {_percent(main['least_detectable_lift'])} on.",
+            [],
+        )
+    return Verdict(
+        "no_difference",
+        f"No difference shown in {name}",
+        f"The true lift is between {_percent(low)} and {_percent(high)}; worth acting on is {_percent(plan.worth, 0)}.",
+        ["This is not proof of no effect: the interval holds every lift that the data allow."],
+    )
+
+
+def _by_day(facts: Facts, arms: tuple[str, str], alpha: float) -> pd.DataFrame:
+    """CTR and RPM by arm and day with user-clustered intervals."""
+    users = per_user(facts, by=["day"])
+    records = []
+    for (arm, day), rows in users[users["arm"].isin(arms)].groupby(["arm", "day"], observed=True):
+        record = {"arm": arm, "day": day.strftime("%Y-%m-%d"), "users": len(rows), "imps": rows["imps"].sum(), "clicks": rows["clicks"].sum()}
+        for name in ("ctr", "rpm"):
+            metric = METRICS[name]
+            estimate = ab_stats.ratio_per_user(rows[metric.numerator].to_numpy(), rows[metric.denominator].to_numpy())
+            half = 1.96 * math.sqrt(estimate.variance) * metric.scale if estimate.variance >= 0 else math.nan
+            value = estimate.value * metric.scale
+            record |= {name: value, f"{name}_low": value - half, f"{name}_high": value + half}
+        records.append(record)
+    columns = ["arm", "day", "users", "imps", "clicks", *[f"{m}{s}" for m in ("ctr", "rpm") for s in ("", "_low", "_high")]]
+    return pd.DataFrame(records, columns=columns)
+
+
+def analyse(facts: Facts, plan: ExperimentPlan, responses: pd.DataFrame | None = None, completeness: float | None = None, before: Facts | None = None) -> Analysis:
+    """Numbers by arm, lifts, guardrails, calibration and the verdict.
+
+    Args: facts of the experiment; responses, one row an answered request as clients saw it (request_id, user_id, response_ms, degraded); completeness, share
+    of the clients' impressions, clicks and purchases that the log holds; before, facts of the reference period (for CUPED and the control's calibration).
+    Raises ValueError if the facts hold neither arm.
+    """
+    arms = (plan.control, plan.treatment)
+    found = sorted(facts.requests["arm"].unique())
+    if not set(arms) & set(found):
+        raise ValueError(f"the logs hold no request of arm {arms[0]!r} or {arms[1]!r}; arms found: {', '.join(found) or 'none'}; name them in the plan (control, treatment)")
+    users = per_user(facts)
+    users = users_with_responses(users[users["arm"].isin(arms)].reset_index(drop=True), responses, plan.slow_answer_ms)
+    counts = [int((users["arm"] == arm).sum()) for arm in arms]
+    planned = plan.planned_users or max(2, sum(counts))
+    names = [name for name, metric in METRICS.items() if metric.numerator in users]
+    lifts = {name: _lift_record(users, name, plan, planned) for name in names}
+    secondary = [name for name in names if name != plan.primary and math.isfinite(lifts[name]["p"])]
+    for name, adjusted in zip(secondary, ab_stats.adjust_p_values([lifts[n]["p"] for n in secondary], "bh"), strict=True):
+        lifts[name]["p_adjusted"] = float(adjusted)
+    srm_shares = [1 - plan.treatment_share, plan.treatment_share]
+    srm_p = ab_stats.sample_ratio_p(counts, srm_shares)
+    guardrails = _guardrails(users, lifts, plan)
+    past = None if before is None else per_user(before)
+    broken = _broken(facts, users, plan, srm_p, completeness)
+    verdict = decide(plan, lifts, guardrails, broken, facts.counts.prices_above_bid, sum(counts), planned)
+    same_policy = before is not None and bool(policies(facts, plan.control) & policies(before))
+    result = {
+        "verdict": verdict.__dict__,
+        "users": sum(counts),
+        "planned_users": planned,
+        "arms": {arm: _arm_record(users, facts, arm, n) for arm, n in zip(arms, counts, strict=True)},
+        "lifts": lifts,
+        "primary": plan.primary,
+        "rule": plan.rule,
+        "guardrails": guardrails,
+        "calibration": _calibration(users, past, plan, same_policy),
+        "cuped": _cuped_record(users, past, plan),
+        "sample_ratio": {"p": srm_p, "log_bayes": ab_stats.sample_ratio_log_bayes(counts, srm_shares), "passed": srm_p >= ab_stats.SRM_ALARM},
+        "completeness": completeness,
+        "counts": facts.counts.__dict__,
+    }
+    return Analysis(verdict, result, users, _by_day(facts, arms, plan.alpha))
+
+
+def policies(facts: Facts, arm: str | None = None) -> set[str]:
+    """Policies (model_version) that answered, of one arm or of all."""
+    rows = facts.requests if arm is None else facts.requests[facts.requests["arm"] == arm]
+    return set(rows["model_version"].unique())
+
+
+def _arm_record(users: pd.DataFrame, facts: Facts, arm: str, count: int) -> dict[str, Any]:
+    rows = users.loc[users["arm"] == arm]
+    sums = rows[[column for column in [*SUMS, "answered", "response_ms", "slow", "degraded"] if column in rows]].sum()
+    values = {name: arm_estimate(users, arm, metric.numerator, metric.denominator).value * metric.scale for name, metric in METRICS.items() if metric.numerator in users}
+    return {"users": count, "policies": sorted(policies(facts, arm)), **{k: float(v) for k, v in sums.items()}, **values}

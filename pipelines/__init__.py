@@ -1,0 +1,1 @@
+"""Kubeflow pipelines, their compiled form, and the local runner."""

@@ -1,0 +1,1 @@
+"""The BentoML ranking service and what it stands on."""

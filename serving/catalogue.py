@@ -1,0 +1,73 @@
+"""The ads that the service may show: columnar, one immutable snapshot a city, looked up by ad id in O(log A)."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from serving.errors import Refusal
+
+_INTEGERS = ("ad_id", "creative_id", "poi_id", "category_id", "impressions", "clicks")
+_REALS = ("latitude", "longitude", "bid", "reserve")
+
+
+@dataclass(frozen=True)
+class CityAds:
+    """Active ads of one city, ascending by ad_id; every array has shape [A]. Money is currency per click."""
+
+    city_id: int
+    ad_id: np.ndarray
+    creative_id: np.ndarray
+    poi_id: np.ndarray
+    category_id: np.ndarray
+    latitude: np.ndarray
+    longitude: np.ndarray
+    bid: np.ndarray
+    reserve: np.ndarray
+    impressions: np.ndarray
+    clicks: np.ndarray
+    frame: pd.DataFrame
+    """The catalogue rows in the same order, for encoders."""
+    version: str
+    """First 12 hex digits of a sha256 over ids, places, bids and reserves: names the snapshot in receipts."""
+
+    def rows_of(self, ids: list[int], field: str) -> np.ndarray:
+        """Rows of the ads; raises Refusal (422) naming the first id that is not an active ad of this city."""
+        wanted = np.asarray(ids, np.int64)
+        rows = np.searchsorted(self.ad_id, wanted)
+        known = rows < len(self.ad_id)
+        known[known] = self.ad_id[rows[known]] == wanted[known]
+        if not known.all():
+            first = int(np.flatnonzero(~known)[0])
+            raise Refusal(422, "unknown_ad", f"ad {wanted[first]} is not an active ad of city {self.city_id}", f"{field}.{first}")
+        return rows
+
+
+def split_by_city(catalogue: pd.DataFrame) -> dict[int, CityAds]:
+    """Snapshots by city_id. `catalogue`: one row an active ad, with the ADS columns plus `impressions` and `clicks`.
+
+    Raises ValueError where an ad is named twice or a bid or reserve is not a finite price.
+    """
+    if catalogue["ad_id"].duplicated().any():
+        twice = int(catalogue.loc[catalogue["ad_id"].duplicated(), "ad_id"].iloc[0])
+        raise ValueError(f"catalogue names ad {twice} twice; it must hold one row an active ad")
+    money = catalogue[["bid", "reserve"]].to_numpy(np.float64)
+    bad = ~np.isfinite(money).all(axis=1) | (money[:, 0] <= 0) | (money[:, 1] < 0)
+    if bad.any():
+        row = catalogue[bad].iloc[0]
+        raise ValueError(f"catalogue: ad {row['ad_id']} has bid {row['bid']} and reserve {row['reserve']}; a bid must be finite and > 0, a reserve finite and >= 0")
+    ordered = catalogue.sort_values("ad_id", kind="stable")
+    return {int(city): _snapshot(int(city), frame.reset_index(drop=True)) for city, frame in ordered.groupby("city_id", sort=True)}
+
+
+def _snapshot(city: int, frame: pd.DataFrame) -> CityAds:
+    columns = {name: frame[name].to_numpy(np.int64) for name in _INTEGERS} | {name: frame[name].to_numpy(np.float64) for name in _REALS}
+    digest = hashlib.sha256()
+    for name in ("ad_id", "latitude", "longitude", "bid", "reserve"):
+        digest.update(columns[name].tobytes())
+    for column in columns.values():
+        column.setflags(write=False)
+    return CityAds(city_id=city, frame=frame, version=digest.hexdigest()[:12], **columns)

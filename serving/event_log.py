@@ -1,0 +1,360 @@
+"""The live event log: every answered page and every click and purchase, exactly once, on disk before the answer leaves.
+
+SQLite in WAL mode, one transaction a page or batch of events. With `synchronous=FULL` (the default) a committed page survives
+power loss; with NORMAL it survives a killed process, and power loss may take the last commits with it. Torn tails of the WAL
+are dropped by SQLite's own checksums. Frames in the schema's columns come out again, so that live traffic is training input.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+import threading
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from marketplace.logs import write_manifest, write_table
+from marketplace.schema import ACTION_CLICK, ACTION_PURCHASE, BEHAVIOURS, IMPRESSIONS, REQUESTS, Table
+
+SCHEMA_VERSION = 1
+"""`user_version` of the database; other versions are refused."""
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS request (
+  request_id INTEGER PRIMARY KEY, body_sha256 TEXT NOT NULL, time_us INTEGER NOT NULL, received_us INTEGER NOT NULL,
+  user_id INTEGER NOT NULL, session_id INTEGER NOT NULL, city_id INTEGER NOT NULL, latitude REAL NOT NULL, longitude REAL NOT NULL,
+  utc_offset_minutes INTEGER NOT NULL, slots INTEGER NOT NULL, arm TEXT NOT NULL, model_version TEXT NOT NULL,
+  price_mode TEXT NOT NULL, degraded TEXT NOT NULL, latency_ms REAL NOT NULL, answer TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS request_time ON request (time_us);
+CREATE TABLE IF NOT EXISTS impression (
+  request_id INTEGER NOT NULL, slot INTEGER NOT NULL, time_us INTEGER NOT NULL, user_id INTEGER NOT NULL, ad_id INTEGER NOT NULL,
+  creative_id INTEGER NOT NULL, poi_id INTEGER NOT NULL, category_id INTEGER NOT NULL, latitude REAL NOT NULL, longitude REAL NOT NULL,
+  bid REAL NOT NULL, payment REAL NOT NULL, pctr REAL NOT NULL, propensity REAL NOT NULL, receipt TEXT NOT NULL,
+  PRIMARY KEY (request_id, slot)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS event (
+  request_id INTEGER NOT NULL, slot INTEGER NOT NULL, type TEXT NOT NULL, time_us INTEGER NOT NULL, received_us INTEGER NOT NULL,
+  order_value REAL NOT NULL, PRIMARY KEY (request_id, slot, type)) WITHOUT ROWID;
+"""
+
+_CLICK, _PURCHASE = "click", "purchase"
+
+
+class EventLogError(RuntimeError):
+    """The event log cannot be used; the text says why."""
+
+
+class DuplicateRequest(Exception):
+    """The request id is in the log already; the stored answer is attached."""
+
+    def __init__(self, stored: StoredAnswer) -> None:
+        super().__init__("request_id is in the event log already")
+        self.stored = stored
+
+
+@dataclass(frozen=True)
+class StoredAnswer:
+    """What was answered under a request id."""
+
+    body_sha256: str
+    """Identity of the request's content: the same id with another body is a conflict."""
+    answer: dict[str, Any]
+    """The response as it was sent."""
+
+
+@dataclass(frozen=True)
+class PageRecord:
+    """One answered page. Times are UTC; arrays run over the slots shown, top first."""
+
+    request_id: int
+    body_sha256: str
+    time: datetime
+    received: datetime
+    user_id: int
+    session_id: int
+    city_id: int
+    latitude: float
+    longitude: float
+    utc_offset_minutes: int
+    slots: int
+    arm: str
+    model_version: str
+    price_mode: str
+    degraded: tuple[str, ...]
+    latency_ms: float
+    answer: dict[str, Any]
+    ad_id: np.ndarray
+    creative_id: np.ndarray
+    poi_id: np.ndarray
+    category_id: np.ndarray
+    ad_latitude: np.ndarray
+    ad_longitude: np.ndarray
+    bid: np.ndarray
+    payment: np.ndarray
+    pctr: np.ndarray
+    propensity: np.ndarray
+    receipts: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class EventRecord:
+    """A click or purchase as it came in. `time` None: when it was received."""
+
+    type: Literal["click", "purchase"]
+    request_id: int
+    slot: int
+    ad_id: int | None
+    time: datetime | None
+    order_value: float
+
+
+Outcome = Literal["accepted", "duplicate", "unknown_impression", "ad_mismatch"]
+
+
+def _micros(time: datetime) -> int:
+    """Whole microseconds since 1970, exact (float seconds are not)."""
+    delta = time - datetime(1970, 1, 1, tzinfo=UTC)
+    return (delta.days * 86_400 + delta.seconds) * 1_000_000 + delta.microseconds
+
+
+def _connect(path: Path, synchronous: str) -> sqlite3.Connection:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    connection = sqlite3.connect(path, timeout=10.0, isolation_level=None, check_same_thread=False)
+    try:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute(f"PRAGMA synchronous={synchronous}")
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version not in (0, SCHEMA_VERSION):
+            raise EventLogError(f"{path} has format {version}, this release writes {SCHEMA_VERSION}; move it away or export it with its own release")
+        connection.executescript(f"BEGIN IMMEDIATE;{_TABLES}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
+    except sqlite3.DatabaseError as error:
+        connection.close()
+        raise EventLogError(f"{path} cannot be used as the event log: {error}") from error
+    except EventLogError:
+        connection.close()
+        raise
+    return connection
+
+
+class EventLog:
+    """Writer of one process; several processes may write the same file. Safe to call from several threads."""
+
+    def __init__(self, path: Path, synchronous: Literal["full", "normal"] = "full") -> None:
+        self.path = Path(path)
+        self._lock = threading.Lock()
+        self._connection = _connect(self.path, synchronous.upper())
+
+    def close(self) -> None:
+        with self._lock:
+            self._connection.close()
+
+    def stored(self, request_id: int) -> StoredAnswer | None:
+        """The answer given under this request id, if any."""
+        with self._lock:
+            return self._stored(request_id)
+
+    def _stored(self, request_id: int) -> StoredAnswer | None:
+        row = self._connection.execute("SELECT body_sha256, answer FROM request WHERE request_id = ?", (request_id,)).fetchone()
+        return StoredAnswer(row[0], json.loads(row[1])) if row else None
+
+    def write_page(self, page: PageRecord) -> None:
+        """Store a page and its impressions in one transaction; returns when it is durable.
+
+        Raises DuplicateRequest, with nothing written, when the id is in the log: whoever comes second returns the first answer.
+        """
+        time_us = _micros(page.time)
+        request = (
+            page.request_id, page.body_sha256, time_us, _micros(page.received), page.user_id, page.session_id, page.city_id, page.latitude,
+            page.longitude, page.utc_offset_minutes, page.slots, page.arm, page.model_version, page.price_mode, json.dumps(page.degraded),
+            page.latency_ms, json.dumps(page.answer, allow_nan=False),
+        )  # fmt: skip
+        columns = (page.ad_id, page.creative_id, page.poi_id, page.category_id, page.ad_latitude, page.ad_longitude, page.bid, page.payment)
+        measures = (np.asarray(page.pctr, np.float64), np.asarray(page.propensity, np.float64))
+        listed = [column.tolist() for column in (*columns, *measures)]
+        receipts = [json.dumps(receipt, allow_nan=False) for receipt in page.receipts]
+        impressions = [
+            (page.request_id, slot, time_us, page.user_id, *values, receipt)
+            for slot, (*values, receipt) in enumerate(zip(*listed, receipts, strict=True), start=1)
+        ]
+        with self._lock, _Transaction(self._connection):
+            stored = self._stored(page.request_id)
+            if stored is not None:
+                raise DuplicateRequest(stored)
+            self._connection.execute(f"INSERT INTO request VALUES ({','.join('?' * 17)})", request)
+            self._connection.executemany(f"INSERT INTO impression VALUES ({','.join('?' * 15)})", impressions)
+
+    def write_events(self, events: Sequence[EventRecord], received: datetime) -> list[Outcome]:
+        """Store events in one transaction; returns what became of each, in order. Repeats change nothing.
+
+        An event before its impression (a client's clock) is moved to the impression's time.
+        """
+        received_us = _micros(received)
+        outcomes: list[Outcome] = []
+        with self._lock, _Transaction(self._connection):
+            for event in events:
+                shown = self._connection.execute(
+                    "SELECT ad_id, time_us FROM impression WHERE request_id = ? AND slot = ?", (event.request_id, event.slot)
+                ).fetchone()
+                if shown is None:
+                    outcomes.append("unknown_impression")
+                elif event.ad_id is not None and event.ad_id != shown[0]:
+                    outcomes.append("ad_mismatch")
+                else:
+                    time_us = max(shown[1], received_us if event.time is None else _micros(event.time))
+                    value = event.order_value if event.type == _PURCHASE else 0.0
+                    written = self._connection.execute(
+                        "INSERT OR IGNORE INTO event VALUES (?,?,?,?,?,?)", (event.request_id, event.slot, event.type, time_us, received_us, value)
+                    ).rowcount
+                    outcomes.append("accepted" if written else "duplicate")
+        return outcomes
+
+
+class _Transaction:
+    """BEGIN IMMEDIATE ... COMMIT, or ROLLBACK on any exception."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    def __enter__(self) -> None:
+        self._connection.execute("BEGIN IMMEDIATE")
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._connection.execute("ROLLBACK" if kind else "COMMIT")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading: frames in the schema's columns and types
+
+
+def _read(path: Path, query: str, parameters: Iterable[Any] = ()) -> pd.DataFrame:
+    if not Path(path).exists():
+        raise EventLogError(f"there is no event log at {path}; serve some requests first")
+    with closing(sqlite3.connect(f"file:{Path(path).absolute()}?mode=ro", uri=True, timeout=10.0)) as connection:
+        return pd.read_sql_query(query, connection, params=tuple(parameters))
+
+
+def _window(since: datetime | None, until: datetime | None, column: str) -> tuple[str, list[int]]:
+    """SQL condition for times in [since, until), None = unbounded."""
+    parts, values = ["1"], []
+    if since is not None:
+        parts.append(f"{column} >= ?")
+        values.append(_micros(since))
+    if until is not None:
+        parts.append(f"{column} < ?")
+        values.append(_micros(until))
+    return " AND ".join(parts), values
+
+
+def _times(micros: pd.Series) -> pd.Series:
+    """UTC timestamps of whole microseconds since 1970; nulls stay nulls (nullable integers: a float would lose microseconds)."""
+    return pd.to_datetime(micros.astype("Int64"), unit="us", utc=True).astype("datetime64[us, UTC]")
+
+
+def _conform(frame: pd.DataFrame, table: Table) -> pd.DataFrame:
+    """The table's columns in its order and types."""
+    kinds = {column.name: column.dtype.to_pandas_dtype() for column in table.columns if not str(column.dtype).startswith(("timestamp", "string"))}
+    return frame[table.names].astype(kinds)
+
+
+def read_requests(path: Path, since: datetime | None = None, until: datetime | None = None) -> pd.DataFrame:
+    """REQUESTS of the event log, request time in [since, until), in time order."""
+    where, values = _window(since, until, "time_us")
+    frame = _read(path, f"SELECT * FROM request WHERE {where} ORDER BY time_us, request_id", values)  # noqa: S608 - no outside text
+    frame["event_timestamp"] = _times(frame["time_us"])
+    return _conform(frame, REQUESTS)
+
+
+def read_service_facts(path: Path, since: datetime | None = None, until: datetime | None = None) -> pd.DataFrame:
+    """What the logs' schema has no column for, one row a request: request_id, received (UTC), latency_ms, price_mode, degraded (list of str)."""
+    where, values = _window(since, until, "time_us")
+    query = f"SELECT request_id, received_us, latency_ms, price_mode, degraded FROM request WHERE {where} ORDER BY time_us, request_id"  # noqa: S608
+    frame = _read(path, query, values)
+    frame["received"] = _times(frame.pop("received_us"))
+    frame["degraded"] = frame["degraded"].map(json.loads)
+    return frame
+
+
+_JOINED = """
+SELECT i.*, c.time_us AS click_us, p.time_us AS purchase_us, p.order_value AS order_value
+FROM impression i
+LEFT JOIN event c ON c.request_id = i.request_id AND c.slot = i.slot AND c.type = 'click'
+LEFT JOIN event p ON p.request_id = i.request_id AND p.slot = i.slot AND p.type = 'purchase'
+WHERE {where} ORDER BY i.time_us, i.request_id, i.slot
+"""
+
+
+def read_impressions(path: Path, since: datetime | None = None, until: datetime | None = None) -> pd.DataFrame:
+    """IMPRESSIONS of the event log, with clicks and purchases joined. A purchase counts once its click is known."""
+    where, values = _window(since, until, "i.time_us")
+    frame = _read(path, _JOINED.format(where=where), values)
+    clicked = frame["click_us"].notna()
+    bought = clicked & frame["purchase_us"].notna()
+    frame["event_timestamp"] = _times(frame["time_us"])
+    frame["click"] = clicked.astype(int)
+    frame["click_timestamp"] = _times(frame["click_us"])
+    frame["purchase"] = bought.astype(int)
+    frame["order_value"] = frame["order_value"].where(bought, 0.0)
+    return _conform(frame, IMPRESSIONS)
+
+
+def read_behaviours(path: Path, since: datetime | None = None, until: datetime | None = None) -> pd.DataFrame:
+    """BEHAVIOURS that the clicks and purchases on ads are, event time in [since, until).
+
+    `behaviour_id` is a hash of (request_id, slot, type) with bit 62 set: stable over exports and apart from small ids of other sources.
+    """
+    where, values = _window(since, until, "e.time_us")
+    query = f"""
+    SELECT e.request_id, e.slot, e.type, e.time_us, i.user_id, r.session_id, i.poi_id, i.category_id, i.latitude, i.longitude
+    FROM event e JOIN impression i ON i.request_id = e.request_id AND i.slot = e.slot JOIN request r ON r.request_id = e.request_id
+    WHERE {where} AND (e.type = 'click' OR EXISTS (
+      SELECT 1 FROM event c WHERE c.request_id = e.request_id AND c.slot = e.slot AND c.type = 'click'))
+    ORDER BY e.time_us, e.request_id, e.slot, e.type"""  # noqa: S608 - no outside text
+    frame = _read(path, query, values)
+    frame["event_timestamp"] = _times(frame["time_us"])
+    frame["action"] = np.where(frame["type"] == _PURCHASE, ACTION_PURCHASE, ACTION_CLICK)
+    names = zip(frame["request_id"], frame["slot"], frame["type"], strict=True)
+    frame["behaviour_id"] = np.array([_behaviour_id(*name) for name in names], dtype=np.int64)
+    return _conform(frame, BEHAVIOURS)
+
+
+def _behaviour_id(request_id: int, slot: int, kind: str) -> int:
+    digest = hashlib.sha256(f"{request_id}:{slot}:{kind}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 2 | 1 << 62
+
+
+def read_receipts(path: Path, since: datetime | None = None, until: datetime | None = None) -> list[dict[str, Any]]:
+    """Price receipts of the ads shown, one JSON object each, in time and slot order."""
+    where, values = _window(since, until, "time_us")
+    frame = _read(path, f"SELECT receipt FROM impression WHERE {where} ORDER BY time_us, request_id, slot", values)  # noqa: S608
+    return [json.loads(receipt) for receipt in frame["receipt"]]
+
+
+def export_logs(path: Path, out: Path, since: datetime | None = None, until: datetime | None = None, **tables: pd.DataFrame) -> dict[str, int]:
+    """Write live traffic as a folder of logs (`ega run CONFIG --logs OUT`); returns rows written by table.
+
+    The event log knows requests, impressions and behaviours (clicks and purchases on ads). A complete folder also needs the
+    catalogue and the profiles: pass them as `ads=` and `users=` frames in the schema's columns, or add them to the folder.
+    Further behaviours (visits from elsewhere) may be passed as `behaviours=`; they are joined by `behaviour_id`.
+    """
+    frames = {
+        "requests": read_requests(path, since, until),
+        "impressions": read_impressions(path, since, until),
+        "behaviours": read_behaviours(path, since, until),
+    }
+    if "behaviours" in tables:
+        joined = pd.concat([tables.pop("behaviours")[BEHAVIOURS.names], frames["behaviours"]], ignore_index=True)
+        frames["behaviours"] = joined.drop_duplicates("behaviour_id", keep="last", ignore_index=True)
+    frames |= tables
+    for name, frame in frames.items():
+        if len(frame):
+            write_table(out, name, frame)
+    rows = {name: len(frame) for name, frame in frames.items()}
+    write_manifest(out, {"source": "event log", "rows": rows})
+    return rows

@@ -1,0 +1,61 @@
+"""The laws of a priced page, checked on every answer before it leaves, and what replaces a page that breaks one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from auction import gsp_prices
+
+
+@dataclass(frozen=True)
+class PricedPage:
+    """A page in slot order; arrays over the K' ads shown. `rows` index the city's ads."""
+
+    rows: np.ndarray
+    pctr: np.ndarray
+    """Click probability in its slot on this page."""
+    price: np.ndarray
+    """Charged for a click, currency."""
+    critical_price: np.ndarray
+    """Truthful price beside the charged one; NaN where the policy has none."""
+    propensity: np.ndarray
+    """Probability that the policy put this ad in this slot, given the slots above; 1 for a deterministic policy."""
+    price_mode: str
+
+
+def broken_invariant(page: PricedPage, bids: np.ndarray, reserves: np.ndarray, eligible: np.ndarray, slots: int) -> str | None:
+    """Name of the first broken law, or None. bids, reserves, eligible: [A], of the city, as they entered the auction."""
+    rows = page.rows
+    if len(rows) > slots or any(len(values) != len(rows) for values in (page.pctr, page.price, page.critical_price, page.propensity)):
+        return "length"
+    if len(rows) and (rows.min() < 0 or rows.max() >= len(bids)):
+        return "unknown_ad"
+    if len(np.unique(rows)) != len(rows):
+        return "repeated_ad"
+    if not eligible[rows].all():
+        return "ineligible_ad"
+    if not np.isfinite(page.pctr).all() or (page.pctr < 0).any() or (page.pctr > 1).any():
+        return "pctr"
+    if not np.isfinite(page.price).all() or (page.price < 0).any():
+        return "price_not_finite"
+    if (page.price > bids[rows]).any():
+        return "price_above_bid"
+    if (page.price < reserves[rows]).any():
+        return "price_below_reserve"
+    if not np.isfinite(page.propensity).all() or (page.propensity <= 0).any() or (page.propensity > 1).any():
+        return "propensity"
+    return None
+
+
+PAGE_LAWS = frozenset({"length", "unknown_ad", "repeated_ad", "ineligible_ad", "pctr", "propensity"})
+"""Laws about who is shown: breaking one discards the page. The others discard the prices only."""
+
+
+def gsp_of_page(page: PricedPage, bids: np.ndarray, reserves: np.ndarray) -> PricedPage:
+    """The same page at GSP prices: next slot's pctr x bid over the own pctr, within [reserve, bid]; below the last slot nobody competes."""
+    own = bids[page.rows]
+    floor = reserves[page.rows]
+    price = np.asarray(gsp_prices(page.pctr, own, np.arange(len(own)), reserve=floor), np.float64)
+    return PricedPage(page.rows, page.pctr, price, page.critical_price, page.propensity, "gsp")

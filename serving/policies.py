@@ -1,0 +1,107 @@
+"""Who ranks a page: the approved model or the bootstrap policy, behind one interface."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from marketplace.bootstrap import BootstrapConfig, BootstrapPolicy
+from serving.catalogue import CityAds
+from serving.errors import Refusal
+from serving.invariants import PricedPage
+
+
+@dataclass(frozen=True)
+class Query:
+    """A request as a policy sees it. Arrays run over the city's ads; money is currency per click."""
+
+    request_id: int
+    user_id: int
+    time: datetime
+    utc_offset_minutes: int
+    latitude: float
+    longitude: float
+    user: Any | None
+    """features.store.UserFeatures, or None for the default user."""
+    bids: np.ndarray
+    reserves: np.ndarray
+    eligible: np.ndarray
+    slots: int
+    price_mode: str | None
+    """Price rule asked for; None: the policy's default."""
+
+
+class Policy(Protocol):
+    """Ranks and prices pages of prepared cities."""
+
+    version: str
+    """Value of `model_version` in answers and logs."""
+    reads_user: bool
+    """Whether user features enter; if not, none are read."""
+
+    def prepare(self, ads: CityAds) -> None:
+        """Precompute what depends on the city only; called for every city before the service is ready."""
+
+    def rank(self, ads: CityAds, query: Query) -> PricedPage:
+        """The page; raises Refusal if the query asks for what this policy cannot do."""
+
+
+class Bootstrap:
+    """marketplace.bootstrap over the catalogue's counts: the logging policy, the control arm of experiments. Prices by GSP."""
+
+    reads_user = False
+    version = BootstrapPolicy.version
+
+    def __init__(self, exploration: float, seed: int) -> None:
+        self._config = BootstrapConfig(exploration=exploration)
+        self._seed = seed
+        self._cities: dict[int, BootstrapPolicy] = {}
+
+    def prepare(self, ads: CityAds) -> None:
+        self._cities[ads.city_id] = BootstrapPolicy(ads.ad_id, ads.latitude, ads.longitude, ads.impressions, ads.clicks, self._config)
+
+    def rank(self, ads: CityAds, query: Query) -> PricedPage:
+        draws = np.random.default_rng([self._seed, query.request_id])
+        page = self._cities[ads.city_id].rank(query.latitude, query.longitude, query.bids, query.eligible, query.slots, draws, query.reserves)
+        unknown = np.full(len(page.rows), np.nan)
+        return PricedPage(page.rows, page.pctr, page.price, unknown, page.propensity, "gsp")
+
+
+class Model:
+    """An approved bundle: set-aware CTR, generated page, prices. Deterministic, so every propensity is 1."""
+
+    reads_user = True
+
+    def __init__(self, folder: Path, key: bytes, default_mode: str, learned_allowed: bool, threads: int) -> None:
+        import torch
+        from model.ega_v1.engine import RankingEngine
+
+        from features.encoding import Vocabulary
+        from model.bundle import load_bundle
+
+        torch.set_num_threads(threads)
+        bundle = load_bundle(folder, key)
+        self.version = bundle.version
+        self._vocabulary = Vocabulary.from_json(bundle.vocabulary)
+        self._engine = RankingEngine(bundle)
+        self._default_mode = default_mode
+        self._learned_allowed = learned_allowed
+        self._cities: dict[int, Any] = {}
+        self._lock = threading.Lock()
+
+    def prepare(self, ads: CityAds) -> None:
+        from features.encoding import encode_ads
+
+        places = np.stack([ads.latitude, ads.longitude], axis=1).astype(np.float32)
+        self._cities[ads.city_id] = self._engine.prepare_city(encode_ads(self._vocabulary, ads.frame), places)
+
+    def rank(self, ads: CityAds, query: Query) -> PricedPage:
+        mode = query.price_mode or self._default_mode
+        if mode == "learned" and not self._learned_allowed:
+            raise Refusal(422, "price_mode_unavailable", "the payment network of this model has not passed its gate; use 'critical'", "price_mode")
+        raise NotImplementedError

@@ -1,0 +1,256 @@
+"""What happens to a request, from parsed body to stored answer: no HTTP and no framework in here."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import secrets
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from serving import metrics
+from serving.assignment import assign_arm
+from serving.catalogue import CityAds
+from serving.errors import Refusal
+from serving.event_log import DuplicateRequest, EventLog, EventRecord, PageRecord, StoredAnswer
+from serving.invariants import PAGE_LAWS, PricedPage, broken_invariant, gsp_of_page
+from serving.messages import EventsRequest, EventsResponse, RankedAd, RankRequest, RankResponse, RejectedEvent
+from serving.policies import Bootstrap, Policy, Query
+from serving.settings import ServingConfig
+from serving.users import UserReader
+
+logger = logging.getLogger("ega.serving")
+
+PAGE_FALLBACK, PRICE_FALLBACK = "page_fallback_bootstrap", "price_fallback_gsp"
+"""Reasons in `degraded`: an auction invariant failed, so the page (or only its prices) was replaced. Alarm at 1."""
+
+_ID_BITS = 53
+"""Fresh request ids stay exact in clients whose numbers are doubles."""
+
+
+@contextmanager
+def _stage(name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        metrics.STAGE_SECONDS.labels(stage=name).observe(time.perf_counter() - start)
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+class Ranking:
+    """Ranks pages and takes events. Safe to call from several threads; everything it holds is read-only but the event log."""
+
+    def __init__(
+        self,
+        config: ServingConfig,
+        cities: Mapping[int, CityAds],
+        policies: Mapping[str, Policy],
+        users: UserReader[Any],
+        log: EventLog,
+        clock: Callable[[], datetime] = utc_now,
+    ) -> None:
+        """`policies` by name in Arm.policy ('model', 'bootstrap'); the pages that replace broken ones come from an own bootstrap policy."""
+        self._config = config
+        self._cities = cities
+        self._policies = {arm.name: policies[arm.policy] for arm in config.arms}
+        self._fallback = Bootstrap(exploration=0.0, seed=config.seed)
+        self._users = users
+        self._log = log
+        self._clock = clock
+
+    def warm_up(self) -> None:
+        """Prepare every city for every policy and answer golden requests; raises RuntimeError where an answer breaks a law."""
+        if not self._cities:
+            raise RuntimeError("the catalogue holds no active ads; build the features first")
+        policies = {id(policy): policy for policy in self._policies.values()}
+        for policy in (self._fallback, *policies.values()):
+            for ads in self._cities.values():
+                policy.prepare(ads)
+        for policy in policies.values():
+            for ads in self._cities.values():
+                self._golden(policy, ads)
+
+    def _golden(self, policy: Policy, ads: CityAds) -> None:
+        slots = min(self._config.default_slots, len(ads.ad_id))
+        eligible = ads.bid >= ads.reserve
+        query = Query(
+            request_id=0, user_id=0, time=datetime(2026, 1, 1, 12, tzinfo=UTC), utc_offset_minutes=0, latitude=float(ads.latitude[0]),
+            longitude=float(ads.longitude[0]), user=None, bids=ads.bid, reserves=ads.reserve, eligible=eligible, slots=slots, price_mode=None,
+        )  # fmt: skip
+        first, second = policy.rank(ads, query), policy.rank(ads, query)
+        broken = broken_invariant(first, ads.bid, ads.reserve, eligible, slots)
+        if broken or not np.array_equal(first.rows, second.rows) or not np.array_equal(first.price, second.price):
+            raise RuntimeError(f"golden request: {policy.version} in city {ads.city_id}: {broken or 'not deterministic'}")
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def rank(self, request: RankRequest) -> dict[str, Any]:
+        """The JSON answer of a page, stored before it is returned; a repeated request id gets the stored one. Raises Refusal."""
+        started = time.perf_counter()
+        self._check_sizes(request)
+        identity = _identity(request)
+        if request.request_id is not None:
+            stored = self._log_call(lambda: self._log.stored(int(request.request_id or 0)))
+            if stored is not None:
+                return _repeat(stored, identity)
+        while True:
+            request_id = request.request_id if request.request_id is not None else secrets.randbits(_ID_BITS)
+            record = self._answer(request, request_id, identity, started)
+            try:
+                with _stage("event_log"):
+                    self._log_call(lambda record=record: self._log.write_page(record))
+            except DuplicateRequest as duplicate:
+                if request.request_id is None:  # a fresh id that chance had given before
+                    continue
+                return _repeat(duplicate.stored, identity)
+            metrics.PAGES.labels(arm=record.arm, model_version=record.model_version).inc()
+            for reason in record.degraded:
+                metrics.DEGRADED.labels(reason=reason).inc()
+            return record.answer
+
+    def _check_sizes(self, request: RankRequest) -> None:
+        for field in ("candidates", "exclude", "bids"):
+            if len(getattr(request, field) or ()) > self._config.max_candidates:
+                raise Refusal(422, "too_many_ids", f"{field} may hold at most {self._config.max_candidates} ids", field)
+
+    def _answer(self, request: RankRequest, request_id: int, identity: str, started: float) -> PageRecord:
+        received = self._clock()
+        ads = self._cities.get(request.city_id)
+        if ads is None:
+            raise Refusal(422, "unknown_city", f"city {request.city_id} has no active ads here", "city_id")
+        arm = assign_arm(request.user_id, self._config.salt, self._config.arms)
+        policy = self._policies[arm]
+        bids, eligible = _market(ads, request)
+        user, degraded = None, []
+        if policy.reads_user:
+            with _stage("features"):
+                user, reason = self._users(request.user_id)
+            degraded += [reason] if reason else []
+        query = Query(
+            request_id=request_id, user_id=request.user_id, time=_moment(request, received), utc_offset_minutes=request.utc_offset_minutes,
+            latitude=request.latitude, longitude=request.longitude, user=user, bids=bids, reserves=ads.reserve, eligible=eligible,
+            slots=request.slots or self._config.default_slots, price_mode=request.price_mode,
+        )  # fmt: skip
+        with _stage("rank"):
+            page, replaced = self._lawful_page(policy, ads, query)
+        degraded += [replaced] if replaced else []
+        version = self._fallback.version if replaced == PAGE_FALLBACK else policy.version
+        return _record(request, query, ads, page, arm, version, degraded, received, identity, started)
+
+    def _lawful_page(self, policy: Policy, ads: CityAds, query: Query) -> tuple[PricedPage, str | None]:
+        """The policy's page if it keeps every law; else its page at GSP prices, else the bootstrap page; and what was replaced."""
+        try:
+            page = policy.rank(ads, query)
+            broken = broken_invariant(page, query.bids, query.reserves, query.eligible, query.slots)
+        except Refusal:
+            raise
+        except Exception:
+            logger.exception("%s failed on request %d", policy.version, query.request_id)
+            page, broken = None, "policy_failed"
+        if broken is None and page is not None:
+            return page, None
+        metrics.PRICE_FALLBACKS.labels(invariant=str(broken)).inc()
+        logger.error("request %d: %s broke the law %s; falling back to GSP", query.request_id, policy.version, broken)
+        if page is not None and broken not in PAGE_LAWS:
+            return gsp_of_page(page, query.bids, query.reserves), PRICE_FALLBACK
+        return self._fallback.rank(ads, query), PAGE_FALLBACK
+
+    def events(self, request: EventsRequest) -> EventsResponse:
+        """Store clicks and purchases, each once; unknown impressions are listed, never an error. Raises Refusal."""
+        if len(request.events) > self._config.max_events:
+            raise Refusal(422, "too_many_events", f"events may hold at most {self._config.max_events}", "events")
+        records = [
+            EventRecord(event.type, event.request_id, event.slot, event.ad_id, event.timestamp, event.order_value)  # type: ignore[arg-type]
+            for event in request.events
+        ]
+        outcomes = self._log_call(lambda: self._log.write_events(records, self._clock()))
+        rejected = []
+        for index, (event, outcome) in enumerate(zip(records, outcomes, strict=True)):
+            metrics.EVENTS.labels(type=event.type, outcome=outcome).inc()
+            if outcome not in ("accepted", "duplicate"):
+                rejected.append(RejectedEvent(index=index, request_id=event.request_id, slot=event.slot, reason=outcome))
+        return EventsResponse(accepted=outcomes.count("accepted"), duplicates=outcomes.count("duplicate"), rejected=rejected)
+
+    def _log_call(self, call: Callable[[], Any]) -> Any:
+        """No record, no answer: a log that cannot be written is a designed 503, not a page without its impression."""
+        try:
+            return call()
+        except (sqlite3.Error, OSError) as error:
+            logger.exception("event log failed")
+            raise Refusal(503, "event_log_unavailable", "the page cannot be recorded now and is therefore not answered; try again") from error
+
+
+def _identity(request: RankRequest) -> str:
+    """sha256 over everything but the request id."""
+    return hashlib.sha256(request.model_dump_json(exclude={"request_id"}).encode()).hexdigest()
+
+
+def _repeat(stored: StoredAnswer, identity: str) -> dict[str, Any]:
+    if stored.body_sha256 != identity:
+        raise Refusal(409, "request_id_conflict", "this request_id was answered for another body; use a fresh id", "request_id")
+    return stored.answer
+
+
+def _moment(request: RankRequest, received: datetime) -> datetime:
+    return received if request.timestamp is None else request.timestamp  # type: ignore[return-value]
+
+
+def _market(ads: CityAds, request: RankRequest) -> tuple[np.ndarray, np.ndarray]:
+    """Bids with the overrides, and who may be shown: in `candidates`, not in `exclude`, bid at least the reserve. Both [A]."""
+    bids = ads.bid
+    if request.bids:
+        bids = ads.bid.copy()
+        bids[ads.rows_of([override.ad_id for override in request.bids], "bids")] = [override.bid for override in request.bids]
+    eligible = bids >= ads.reserve
+    if request.candidates is not None:
+        named = np.zeros(len(bids), bool)
+        named[ads.rows_of(request.candidates, "candidates")] = True
+        eligible &= named
+    if request.exclude:
+        eligible[ads.rows_of(request.exclude, "exclude")] = False
+    return bids, eligible
+
+
+def _record(
+    request: RankRequest, query: Query, ads: CityAds, page: PricedPage, arm: str, version: str, degraded: list[str], received: datetime, identity: str, started: float
+) -> PageRecord:
+    rows = page.rows
+    shown = [
+        RankedAd(slot=slot, ad_id=int(ads.ad_id[row]), creative_id=int(ads.creative_id[row]), price=float(price), pctr=float(pctr), bid=float(query.bids[row]))
+        for slot, (row, price, pctr) in enumerate(zip(rows, page.price, page.pctr, strict=True), start=1)
+    ]
+    answer = RankResponse(
+        request_id=query.request_id, model_version=version, arm=arm, city_id=ads.city_id, price_mode=page.price_mode, ads=shown, degraded=degraded
+    )
+    return PageRecord(
+        request_id=query.request_id, body_sha256=identity, time=query.time, received=received, user_id=query.user_id, session_id=request.session_id,
+        city_id=ads.city_id, latitude=query.latitude, longitude=query.longitude, utc_offset_minutes=query.utc_offset_minutes, slots=query.slots,
+        arm=arm, model_version=version, price_mode=page.price_mode, degraded=tuple(degraded), latency_ms=(time.perf_counter() - started) * 1e3,
+        answer=answer.model_dump(mode="json"), ad_id=ads.ad_id[rows], creative_id=ads.creative_id[rows], poi_id=ads.poi_id[rows],
+        category_id=ads.category_id[rows], ad_latitude=ads.latitude[rows], ad_longitude=ads.longitude[rows], bid=query.bids[rows],
+        payment=page.price, pctr=page.pctr, propensity=page.propensity, receipts=_receipts(query, ads, page, version),
+    )  # fmt: skip
+
+
+def _receipts(query: Query, ads: CityAds, page: PricedPage, version: str) -> list[dict[str, Any]]:
+    """Price receipt of every ad shown."""
+    return [
+        {
+            "request_id": query.request_id, "model_version": version, "catalogue_version": ads.version, "city_id": ads.city_id, "slot": slot,
+            "ad_id": int(ads.ad_id[row]), "bid": float(query.bids[row]), "reserve": float(query.reserves[row]), "pctr": float(page.pctr[slot - 1]),
+            "propensity": float(page.propensity[slot - 1]), "mode": page.price_mode,
+            "critical_price": float(page.critical_price[slot - 1]) if np.isfinite(page.critical_price[slot - 1]) else None,
+            "price": float(page.price[slot - 1]),
+        }
+        for slot, row in enumerate(page.rows, start=1)
+    ]  # fmt: skip

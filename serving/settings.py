@@ -1,0 +1,167 @@
+"""How the ranking service is configured: one JSON file, named by the environment variable EGA_SERVING.
+
+The bearer token is a secret and therefore never in that file: it comes from the environment variable EGA_SERVING_TOKEN.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic.dataclasses import dataclass
+
+from marketplace.schema import REQUESTS
+
+SETTINGS_VARIABLE = "EGA_SERVING"
+TOKEN_VARIABLE = "EGA_SERVING_TOKEN"  # noqa: S105 - the name of a variable, not a secret
+
+PriceMode = Literal["critical", "learned", "gsp", "first_price"]
+
+_CONFIG = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class SettingsError(ValueError):
+    """The service cannot start with these settings; the text says what to change."""
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class Arm:
+    """One arm of the experiment that the service runs."""
+
+    name: str
+    """Name in answers and logs, e.g. 'control'."""
+    policy: Literal["model", "bootstrap"]
+    """'model': the approved bundle; 'bootstrap': distance + popularity recall with GSP prices, the logging policy."""
+    share: float = 1.0
+    """Share of the users, relative to the sum over all arms; 0 keeps the arm loaded without traffic."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Arm:
+        if not self.name or not self.name.replace("_", "").replace("-", "").replace(".", "").isalnum() or len(self.name) > 64:
+            raise ValueError(f"arm name {self.name!r}: 1 to 64 letters, digits, '_', '-' or '.'")
+        if not 0.0 <= self.share < float("inf"):
+            raise ValueError(f"arm {self.name}: share must be finite and >= 0, got {self.share}")
+        return self
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class ServingConfig:
+    """Everything the service needs besides the token."""
+
+    home: Path
+    """State of one named configuration: holds feast/, bentoml/ and events/."""
+    signing_home: Path | None = None
+    """Folder of signing.key (EGA_HOME); default: the parent of `home`. EGA_SIGNING_KEY overrides the file."""
+    model_tag: str = ""
+    """Exact tag in the BentoML store, e.g. 'ega-v1:0123456789ab'; empty: the newest approved one, resolved once at start."""
+    arms: tuple[Arm, ...] = (Arm(name="none", policy="model"),)
+    """Experiment arms; one arm means no experiment. Schema: 'none' is the arm outside experiments."""
+    salt: str = "ega"
+    """Experiment salt of the assignment hash; a new salt reshuffles the users."""
+    price_mode: PriceMode | Literal["auto"] = "auto"
+    """Price rule of the model arm; 'auto': 'learned' if the payment network passed its gate, else 'critical'."""
+    default_slots: int = 5
+    """K, ads on a page when the request names none."""
+    max_candidates: int = 200_000
+    """Most ids in `candidates`, `exclude` or `bids` of one request."""
+    max_events: int = 10_000
+    """Most events in one call of /v1/events."""
+    body_limit_bytes: int = 4 * 1024 * 1024
+    """Longest accepted body, bytes; 200,000 ids of 19 digits fit."""
+    body_budget_bytes: int = 64 * 1024 * 1024
+    """Bodies held in memory at once over all connections, bytes; beyond: 429."""
+    body_deadline_seconds: float = 2.0
+    """Time a client has to send its body; beyond: 408."""
+    admission_limit: int = 4
+    """Requests admitted at once (running and waiting for the worker thread); beyond: 429 with Retry-After."""
+    feature_deadline_ms: float = 50.0
+    """Longest wait for the user's features, milliseconds; beyond: default user, answer marked degraded."""
+    events_synchronous: Literal["full", "normal"] = "full"
+    """SQLite `synchronous` of the event log. full: an answered page survives power loss; normal: it survives kill -9, not power loss."""
+    torch_threads: int = 2
+    """Threads of the model's arithmetic."""
+    bootstrap_epsilon: float = 0.1
+    """Exploration share of the bootstrap arm, in [0, 1); propensities are logged exactly."""
+    seed: int = 0
+    """Seed of the bootstrap arm's exploration; combined with the request id."""
+
+    @field_validator("arms")
+    @classmethod
+    def _arms(cls, arms: tuple[Arm, ...]) -> tuple[Arm, ...]:
+        if not arms:
+            raise ValueError("arms must hold at least one arm")
+        names = [arm.name for arm in arms]
+        if len(set(names)) != len(names):
+            raise ValueError(f"arm names must be unique, got {', '.join(names)}")
+        if sum(arm.share for arm in arms) <= 0:
+            raise ValueError("the shares of the arms must not all be 0")
+        return arms
+
+    @model_validator(mode="after")
+    def _limits(self) -> ServingConfig:
+        most_slots = int(REQUESTS["slots"].maximum or 0)
+        if not 1 <= self.default_slots <= most_slots:
+            raise ValueError(f"default_slots must be 1 to {most_slots}, got {self.default_slots}")
+        for name in (
+            "max_candidates",
+            "max_events",
+            "body_limit_bytes",
+            "body_budget_bytes",
+            "body_deadline_seconds",
+            "admission_limit",
+            "feature_deadline_ms",
+            "torch_threads",
+        ):
+            value = getattr(self, name)
+            if not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be finite and > 0, got {value}")
+        if self.body_budget_bytes < self.body_limit_bytes:
+            raise ValueError("body_budget_bytes must be at least body_limit_bytes")
+        if not 0.0 <= self.bootstrap_epsilon < 1.0:
+            raise ValueError(f"bootstrap_epsilon must be in [0, 1), got {self.bootstrap_epsilon}")
+        return self
+
+    @property
+    def key_home(self) -> Path:
+        return self.signing_home or self.home.parent
+
+    @property
+    def event_log(self) -> Path:
+        return event_log_path(self.home)
+
+
+def event_log_path(home: Path) -> Path:
+    """Where the live event log of a home lies."""
+    return home / "events" / "events.db"
+
+
+_ADAPTER = TypeAdapter(ServingConfig)
+
+
+def load_settings(path: Path | None = None) -> ServingConfig:
+    """Read the settings file: `path`, or the one that EGA_SERVING names."""
+    named = path or os.environ.get(SETTINGS_VARIABLE)
+    if not named:
+        raise SettingsError(f"{SETTINGS_VARIABLE} is not set: it must name the JSON settings file; `ega serve` writes one and sets it")
+    try:
+        return _ADAPTER.validate_json(Path(named).read_bytes())
+    except OSError as error:
+        raise SettingsError(f"cannot read the serving settings {named}: {error.strerror}") from error
+    except ValidationError as error:
+        first = error.errors(include_context=False, include_input=False, include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "(whole file)"
+        raise SettingsError(f"serving settings {named}, field {where}: {first['msg']}") from error
+
+
+def save_settings(config: ServingConfig, path: Path) -> Path:
+    """Write the settings where a service process will read them; atomic."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    with open(part, "wb") as file:
+        file.write(_ADAPTER.dump_json(config, indent=1))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    return path

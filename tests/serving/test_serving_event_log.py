@@ -1,0 +1,191 @@
+"""The event log: exactly once, durable, and training input again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from serving_world import NOW, bootstrap_ranking, catalogue
+
+from marketplace.logs import read_table
+from marketplace.schema import ACTION_CLICK, ACTION_PURCHASE, BEHAVIOURS, IMPRESSIONS, REQUESTS
+from serving.event_log import (
+    DuplicateRequest,
+    EventLog,
+    EventLogError,
+    EventRecord,
+    PageRecord,
+    export_logs,
+    read_behaviours,
+    read_impressions,
+    read_receipts,
+    read_requests,
+    read_service_facts,
+)  # fmt: skip
+
+
+def page(request_id: int, shown: int = 3) -> PageRecord:
+    number = np.arange(1, shown + 1)
+    return PageRecord(
+        request_id=request_id, body_sha256="a" * 64, time=NOW, received=NOW, user_id=2**62, session_id=5, city_id=1, latitude=1.5, longitude=-2.5,
+        utc_offset_minutes=-300, slots=5, arm="ega", model_version="0123456789ab", price_mode="critical", degraded=("x",), latency_ms=3.5,
+        answer={"request_id": request_id}, ad_id=2**62 + number, creative_id=number, poi_id=number + 10, category_id=number + 20, ad_latitude=number / 7,
+        ad_longitude=number / 9, bid=number * 1.1, payment=number * 0.9, pctr=number / 30, propensity=np.ones(shown), receipts=[{"slot": int(n)} for n in number],
+    )  # fmt: skip
+
+
+def test_a_page_comes_back_in_the_schema_and_exactly(tmp_path: Path) -> None:
+    path = tmp_path / "events.db"
+    log = EventLog(path)
+    log.write_page(page(2**63 - 1))
+    requests, impressions = read_requests(path), read_impressions(path)
+    assert list(requests) == REQUESTS.names and list(impressions) == IMPRESSIONS.names
+    assert requests["request_id"].tolist() == [2**63 - 1] and requests["user_id"].tolist() == [2**62]
+    assert requests["event_timestamp"].iloc[0].to_pydatetime() == NOW
+    assert impressions["ad_id"].tolist() == [2**62 + n for n in (1, 2, 3)]
+    assert impressions["slot"].tolist() == [1, 2, 3] and impressions["payment"].tolist() == [n * 0.9 for n in (1, 2, 3)]
+    assert impressions["click"].tolist() == [0, 0, 0] and impressions["click_timestamp"].isna().all()
+    assert read_receipts(path) == [{"slot": 1}, {"slot": 2}, {"slot": 3}]
+    facts = read_service_facts(path)
+    assert facts["latency_ms"].tolist() == [3.5] and facts["degraded"].tolist() == [["x"]]
+
+
+def test_a_request_id_is_written_once(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "events.db")
+    log.write_page(page(1))
+    with pytest.raises(DuplicateRequest) as caught:
+        log.write_page(page(1, shown=5))
+    assert caught.value.stored.answer == {"request_id": 1}
+    assert len(read_impressions(log.path)) == 3
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_repeated_and_shuffled_events_count_once(tmp_path: Path, data: st.DataObject) -> None:
+    truth = [("click", 1), ("click", 3), ("purchase", 3)]
+    sent = data.draw(st.permutations([event for event in truth for _ in range(data.draw(st.integers(1, 5)))]))
+    path = tmp_path / f"{os.urandom(8).hex()}.db"
+    log = EventLog(path, "normal")
+    log.write_page(page(1))
+    for kind, slot in sent:
+        log.write_events([EventRecord(kind, 1, slot, None, NOW + timedelta(seconds=slot), 9.5)], NOW)  # type: ignore[arg-type]
+    log.close()
+    impressions = read_impressions(path)
+    assert impressions["click"].tolist() == [1, 0, 1] and impressions["purchase"].tolist() == [0, 0, 1]
+    assert impressions["order_value"].tolist() == [0.0, 0.0, 9.5]
+    assert read_behaviours(path)["action"].tolist() == [ACTION_CLICK, ACTION_CLICK, ACTION_PURCHASE]
+
+
+def test_unknown_impressions_wrong_ads_and_early_clocks(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "events.db")
+    log.write_page(page(1))
+    early = NOW - timedelta(hours=1)
+    events = [EventRecord("click", 9, 1, None, None, 0.0), EventRecord("click", 1, 4, None, None, 0.0), EventRecord("click", 1, 1, 77, None, 0.0)]
+    outcomes = log.write_events([*events, EventRecord("click", 1, 2, 2**62 + 2, early, 0.0)], NOW)  # type: ignore[list-item]
+    assert outcomes == ["unknown_impression", "unknown_impression", "ad_mismatch", "accepted"]
+    assert read_impressions(log.path)["click_timestamp"].iloc[1].to_pydatetime() == NOW
+
+
+def test_a_purchase_counts_once_its_click_is_known(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "events.db")
+    log.write_page(page(1))
+    log.write_events([EventRecord("purchase", 1, 1, None, NOW, 4.0)], NOW)
+    assert read_impressions(log.path)["purchase"].sum() == 0 and read_behaviours(log.path).empty
+    log.write_events([EventRecord("click", 1, 1, None, NOW, 0.0)], NOW)
+    assert read_impressions(log.path)["order_value"].tolist() == [4.0, 0.0, 0.0] and len(read_behaviours(log.path)) == 2
+
+
+def test_live_traffic_is_a_folder_of_logs(tmp_path: Path) -> None:
+    from serving_world import BODY
+
+    from serving.messages import EventsRequest, RankRequest
+
+    ranking = bootstrap_ranking(tmp_path)
+    answer = ranking.rank(RankRequest.model_validate(BODY))
+    ranking.events(EventsRequest.model_validate({"events": [{"type": "click", "request_id": answer["request_id"], "slot": 2}]}))
+    rows = export_logs(tmp_path / "events" / "events.db", tmp_path / "logs", ads=catalogue())
+    assert rows == {"requests": 1, "impressions": 5, "behaviours": 1, "ads": 60}
+    impressions = read_table(tmp_path / "logs", "impressions")
+    assert impressions["ad_id"].tolist() == [ad["ad_id"] for ad in answer["ads"]] and impressions["click"].tolist() == [0, 1, 0, 0, 0]
+    assert impressions["payment"].tolist() == [ad["price"] for ad in answer["ads"]]
+    behaviour = read_table(tmp_path / "logs", "behaviours")
+    clicked = catalogue().set_index("ad_id").loc[answer["ads"][1]["ad_id"]]
+    assert list(behaviour) == BEHAVIOURS.names and behaviour["poi_id"].tolist() == [clicked["poi_id"]]
+    assert read_table(tmp_path / "logs", "requests")["model_version"].tolist() == ["bootstrap-1"]
+
+
+_WRITER = """
+import sys
+sys.path[:0] = [{tests!r}]
+from pathlib import Path
+from serving.event_log import EventLog
+from test_serving_event_log import page
+log = EventLog(Path({path!r}))
+for request_id in range(1, 100000):
+    log.write_page(page(request_id))
+    print(request_id, flush=True)
+"""
+
+
+def test_kill_9_loses_no_acknowledged_page(tmp_path: Path) -> None:
+    path = tmp_path / "events.db"
+    script = _WRITER.format(tests=str(Path(__file__).parent), path=str(path))
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2], text=True)
+    assert child.stdout is not None
+    acknowledged = [int(child.stdout.readline()) for _ in range(40)]
+    child.send_signal(signal.SIGKILL)
+    acknowledged += [int(line) for line in child.stdout.read().splitlines() if line]
+    child.wait()
+    log = EventLog(path)
+    assert set(acknowledged) <= set(read_requests(path)["request_id"])
+    assert read_impressions(path).groupby("request_id").size().eq(3).all()
+    assert log.stored(acknowledged[-1]) is not None
+
+
+def test_a_torn_wal_tail_drops_only_the_torn_page(tmp_path: Path) -> None:
+    path = tmp_path / "events.db"
+    log = EventLog(path, "normal")
+    sizes = []
+    wal = Path(f"{path}-wal")
+    for request_id in range(1, 6):
+        log.write_page(page(request_id))
+        sizes.append(wal.stat().st_size)
+    main, tail = path.read_bytes(), wal.read_bytes()
+    for cut in range(sizes[-2] + 1, sizes[-1], max(1, (sizes[-1] - sizes[-2]) // 12)):
+        copy = tmp_path / f"cut-{cut}.db"
+        copy.write_bytes(main)
+        Path(f"{copy}-wal").write_bytes(tail[:cut])
+        assert EventLog(copy).stored(4) is not None
+        assert read_requests(copy)["request_id"].tolist() == [1, 2, 3, 4]
+
+
+def test_foreign_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "junk.db").write_bytes(b"not a database" * 100)
+    with pytest.raises(EventLogError, match="cannot be used"):
+        EventLog(tmp_path / "junk.db")
+    with sqlite3.connect(tmp_path / "newer.db") as newer:
+        newer.execute("PRAGMA user_version=99")
+    with pytest.raises(EventLogError, match="format 99"):
+        EventLog(tmp_path / "newer.db")
+    with pytest.raises(EventLogError, match="no event log"):
+        read_requests(tmp_path / "absent.db")
+
+
+def test_answers_are_plain_json(tmp_path: Path) -> None:
+    from serving_world import BODY
+
+    from serving.messages import RankRequest
+
+    ranking = bootstrap_ranking(tmp_path)
+    answer = ranking.rank(RankRequest.model_validate({**BODY, "request_id": 3}))
+    assert ranking.rank(RankRequest.model_validate({**BODY, "request_id": 3})) == json.loads(json.dumps(answer))
