@@ -8,7 +8,7 @@ from __future__ import annotations
 from auction.allocation import greedy_allocation
 from auction.checks import AuctionInputError
 from auction.classic import first_price, gsp_prices, vcg_position_prices, vcg_prices
-from auction.critical import Pricing, critical_prices
+from auction.critical import Pricing, critical_prices, priced_page
 from auction.invariants import AuctionInvariantError, check_prices
 from auction.myerson import Exponential, Uniform, myerson_optimal, myerson_payment
 from auction.regret import GreedyRule, Outcome, Psi, Regret, exact_regret, psi
@@ -32,6 +32,7 @@ __all__ = [
     "gsp_prices",
     "myerson_optimal",
     "myerson_payment",
+    "priced_page",
     "psi",
     "tie_keys",
     "vcg_position_prices",

@@ -6,13 +6,13 @@ Shapes: N candidate ads, K' displayed ads (= slots used); arrays [K', K'] are [d
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from auction.checks import AuctionInputError, Bools, Floats, Ints, as_floats, as_mask, as_page, as_reserves, check_range, round_down
-from auction.shortlist import critical_bids_of, positions_of, run_greedy, shortlist_one, to_rows
+from auction.shortlist import Shortlist, critical_bids_of, run_greedy, shortlist_one, to_rows
 
 PageCtr = Callable[[Ints], Any]
 """page [K'] -> click-through rate of every ad on it, in slot order, [K']; must not depend on any bid."""
@@ -113,28 +113,63 @@ def critical_prices(
     page_ctr_batch, pages [P, K'] -> [P, K'], used instead of page_ctr: one evaluator call for the 1 + K'(K'-1)/2 pages at most.
     Returns: Pricing. Truthful exactly where CTR never rises in a worse slot (position-only and cascade CTR: always).
     """
-    pctr = as_floats("pctr", pctr, (None,), 0.0, 1.0)
-    n_ads = len(pctr)
-    bids = as_floats("bids", bids, (n_ads,), 0.0)
-    page = as_page("page", page, n_ads)
-    reserve_N = as_reserves(reserve, n_ads)
+    rows = as_page("page", page, len(np.asarray(pctr)))
+    allowed, reserve_N = _allowed(bids, reserve, eligible, len(np.asarray(pctr)))
+    short = shortlist_one(pctr, bids, affinity, bid_weight, max(len(rows), 1), allowed, tie_key)
+    own = run_greedy(short)[0]
+    greedy: Ints = to_rows(short, own)[0]
+    greedy = greedy[greedy >= 0][: len(rows)]
+    if not np.array_equal(greedy, rows):
+        raise AuctionInputError(f"page {rows.tolist()} is not the greedy page {greedy.tolist()} of these inputs (reserves are eligibility: bid >= reserve)")
+    return _price(short, own[:, : len(rows)], bids, reserve_N, page_ctr, currency_step, page_ctr_batch)
+
+
+def priced_page(
+    pctr: Any,
+    bids: Any,
+    affinity: Any,
+    bid_weight: Any,
+    n_slots: int,
+    page_ctr: PageCtr,
+    reserve: Any = 0.0,
+    eligible: Any = None,
+    tie_key: Any = None,
+    *,
+    currency_step: float = 0.0,
+    page_ctr_batch: Callable[[Ints], Any] | None = None,
+) -> Pricing:
+    """Allocation and exact prices in one pass over the candidates: greedy_allocation (ads below their reserve left out), then critical_prices."""
+    allowed, reserve_N = _allowed(bids, reserve, eligible, len(np.asarray(pctr)))
+    short = shortlist_one(pctr, bids, affinity, bid_weight, n_slots, allowed, tie_key)
+    own: Ints = run_greedy(short)[0]
+    shown = int((own >= 0).sum())
+    if shown < n_slots:  # fewer ads than slots: the empty slots are no place to move to
+        short = replace(
+            short, slopes=short.slopes[..., :shown], affinity=short.affinity[..., :shown], scores=short.scores[..., :shown], ranks=short.ranks[..., :shown]
+        )
+    return _price(short, own[:, :shown], bids, reserve_N, page_ctr, currency_step, page_ctr_batch)
+
+
+def _allowed(bids: Any, reserve: Any, eligible: Any, n_ads: int) -> tuple[Bools | None, Floats]:
+    """Who takes part (None: everybody) and the reserves [N]."""
+    bids_N, reserve_N = as_floats("bids", bids, (n_ads,), 0.0), as_reserves(reserve, n_ads)
+    below = bids_N < reserve_N
+    return (None if eligible is None and not below.any() else as_mask("eligible", eligible, (n_ads,)) & ~below), reserve_N
+
+
+def _price(
+    short: Shortlist, own: Ints, bids: Any, reserve: Floats, page_ctr: PageCtr, currency_step: float, page_ctr_batch: Callable[[Ints], Any] | None
+) -> Pricing:
+    """Prices of the greedy page at shortlist positions own [1, K']."""
+    page: Ints = to_rows(short, own)[0]
     n_slots = len(page)
     if n_slots == 0:
         none, square = np.zeros(0), np.zeros((0, 0))
         no, no_square = np.zeros(0, dtype=np.bool_), np.zeros((0, 0), dtype=np.bool_)
         return Pricing(page, none, none, none, none, square, no_square, square, page, no, no)
-    below = bids < reserve_N
-    allowed = None if eligible is None and not below.any() else as_mask("eligible", eligible, (n_ads,)) & ~below
-    short = shortlist_one(pctr, bids, affinity, bid_weight, n_slots, allowed, tie_key)
-    greedy: Ints = to_rows(short, run_greedy(short))[0, 0]
-    if not np.array_equal(greedy, page):
-        raise AuctionInputError(
-            f"page {page.tolist()} is not the greedy page {greedy[greedy >= 0].tolist()} of these inputs (reserves are eligibility: bid >= reserve)"
-        )
-
-    own = positions_of(short, page[None])
+    own_bids = np.asarray(bids, dtype=np.float64)[page]
     theta_1, without = critical_bids_of(short, own)
-    theta, own_slot, floor = theta_1[0], np.arange(n_slots), reserve_N[page]
+    theta, own_slot, floor = theta_1[0], np.arange(n_slots), reserve[page]
     reachable = reachable_slots(theta, floor, own_slot)
 
     ad, slot = np.nonzero(reachable & (own_slot[None, :] > own_slot[:, None]))
@@ -145,16 +180,16 @@ def critical_prices(
     ctr[ad, slot] = clicks[1 + np.arange(len(ad)), slot]
 
     exact, repaired = step_prices(theta, ctr, reachable, own_slot, floor)
-    exact = np.minimum(exact, bids[page])  # a win by tie key may rest on a score 1e-9 below the runner-up's
+    exact = np.minimum(exact, own_bids)  # a win by tie key may rest on a score 1e-9 below the runner-up's
     check_range("critical price", exact, 0.0)
-    rank = short.ranks[0, own[0]][:, None, :]
+    rank = short.ranks[0, own[0]]
     rival = short.ranks[0, np.maximum(without[0], 0)][:, own_slot, own_slot]
-    tied = ((rank[:, 0, :] == rival) & (without[0] >= 0) & (own_slot[None, :] <= own_slot[:, None])).any(axis=1)
+    tied = ((rank == rival) & (without[0] >= 0) & (own_slot[None, :] <= own_slot[:, None])).any(axis=1)
     return Pricing(
         page=page,
-        price=round_down(exact, currency_step, floor, bids[page]),
+        price=round_down(exact, currency_step, floor, own_bids),
         critical_price=exact,
-        bid=bids[page],
+        bid=own_bids,
         reserve=floor,
         theta=theta,
         reachable=reachable,

@@ -97,7 +97,7 @@ def execute(
         if not folder.is_dir():
             raise AbError(f"{folder} is missing: `ega ab` needs the {what} of a run that simulated its logs; run `ega run CONFIG` first")
     plan = monitoring.plan
-    arms = (Arm(plan.control, "bootstrap", 1 - plan.treatment_share), Arm(plan.treatment, "model", plan.treatment_share))
+    arms = (Arm(plan.control, "bootstrap", 1 - plan.treatment_share), Arm(plan.treatment, driver.treatment_policy, plan.treatment_share))
     settings = replace(serving or ServingConfig(home=home), home=home, arms=arms, salt=driver.salt)
     if out.exists():
         shutil.rmtree(out)

@@ -6,7 +6,6 @@ Sources are Parquet files in `data/` below the store's folder; `features.build` 
 from __future__ import annotations
 
 from datetime import timedelta
-from pathlib import Path
 
 import pyarrow as pa
 from feast import Entity, FeatureService, FeatureView, Field, FileSource, Project, PushSource, ValueType
@@ -14,8 +13,6 @@ from feast.types import Array, Float32, Float64, Int32, Int64, String
 
 from features.store import PUSH_SOURCE, RANKING_SERVICE, SOURCES
 from marketplace.schema import TABLES
-
-(Path.cwd() if (Path.cwd() / "feature_store.yaml").exists() else Path(__file__).parent).joinpath("data").mkdir(exist_ok=True)
 
 OWNER = {"owner": "ads-ranking"}
 FOREVER = timedelta(0)  # the online store knows no ttl; one offline only would make training and serving differ

@@ -124,7 +124,10 @@ class Profiles:
     def unknown(cls, rows: int) -> Profiles:
         """The documented default of users without a profile."""
         codes, places = np.zeros(rows, np.int64), np.zeros(rows, np.float64)
-        return cls(np.zeros(rows, bool), codes, codes, places, places)
+        return cls(np.zeros(rows, bool), codes, codes.copy(), places, places.copy())
+
+    def take(self, rows: np.ndarray | slice) -> Profiles:
+        return Profiles(self.known[rows], self.age_band[rows], self.gender[rows], self.home_latitude[rows], self.home_longitude[rows])
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,6 @@ Shapes: R requests, K slots, S substitutes of an ad, U users, C categories.
 
 from __future__ import annotations
 
-from dataclasses import field
-
 import numpy as np
 from pydantic import ConfigDict, model_validator
 from pydantic.dataclasses import dataclass
@@ -23,43 +21,43 @@ MIN_CONTINUATION, MAX_CONTINUATION = 0.5, 0.97
 class ClickConfig:
     """Weights of the user's utility for an ad, in logits, and the knobs of the page model."""
 
-    mean_ctr: float = field(default=0.06)
+    mean_ctr: float = 0.06
     """Clicks per impression of a top-5 page of the bootstrap policy that the base level is calibrated to."""
-    max_probability: float = field(default=0.9)
+    max_probability: float = 0.9
     """p of an ad whose utility is unbounded, in (0, 1]."""
-    taste: float = field(default=0.8)
+    taste: float = 0.55
     """Weight of the user's taste for the ad's category (taste has unit variance)."""
-    quality: float = field(default=0.6)
+    quality: float = 0.4
     """Weight of the place's quality (unit variance)."""
-    price: float = field(default=0.3)
+    price: float = 0.2
     """Weight of price band times the user's price sensitivity."""
-    distance: float = field(default=0.8)
+    distance: float = 0.5
     """Weight of log(1 + km) times the user's distance sensitivity."""
-    hour: float = field(default=0.7)
+    hour: float = 0.45
     """Weight of the category's affinity for the local hour (unit variance)."""
-    habit: float = field(default=0.6)
+    habit: float = 0.45
     """Weight of log(1 + earlier visits) of the user to the place."""
-    intent_category: float = field(default=0.8)
+    intent_category: float = 0.6
     """Added for an ad of the category that the user visits next in the session, times exp(-km between the two / 2)."""
-    intent_place: float = field(default=2.0)
+    intent_place: float = 2.0
     """Added for an ad of the very place that the user visits next in the session."""
-    appeal: float = field(default=0.3)
+    appeal: float = 0.2
     """Standard deviation of the ad's own appeal (its creative), known to nobody."""
-    externality: float = field(default=0.3)
+    externality: float = 0.3
     """Strength of close substitutes among the city's ads; 0 switches the candidate-set externality off."""
-    substitutes: int = field(default=20)
+    substitutes: int = 20
     """Nearest ads of the same category that count as substitutes of an ad."""
-    substitute_km: float = field(default=1.0)
+    substitute_km: float = 1.0
     """Distance over which a substitute's weight falls by e."""
-    satisfaction_spread: float = field(default=1.6)
+    satisfaction_spread: float = 2.2
     """Standard deviation, in logits, of how much categories and ads satisfy a user (and end the reading of the page)."""
-    satisfaction_taste: float = field(default=0.7)
+    satisfaction_taste: float = 0.5
     """How much the user's taste for the category adds to that, in logits per standard deviation."""
-    substitution_below: float = field(default=0.0)
+    substitution_below: float = 0.0
     """Stress model: share of p lost for each ad of the same category further down the page; 0 is the pure cascade."""
-    day_drift: float = field(default=0.0)
+    day_drift: float = 0.0
     """Standard deviation of each ad's daily random walk of utility, in logits."""
-    purchase_rate: float = field(default=0.15)
+    purchase_rate: float = 0.15
     """Probability that a click leads to an order, for a place of average quality."""
 
     @model_validator(mode="after")

@@ -25,7 +25,7 @@ from marketplace.validation_rules import CRITICAL, ROW_RULES, WARNING, Law, Look
 from marketplace.validation_statistics import compute, show_rows
 from marketplace.validation_suites import Verdict, run_suites
 
-__all__ = ["Failure", "ValidationConfig", "ValidationResult", "accept", "validate_logs", "validation_text"]
+__all__ = ["Failure", "ValidationConfig", "ValidationResult", "accept", "laws_of", "validate_logs", "validation_text"]
 
 ACCEPTED = "statistics.json"
 """File of the accepted folder that holds the figures of the last accepted logs."""
@@ -79,7 +79,7 @@ def validate_logs(logs: Path, out: Path, config: ValidationConfig | None = None,
         raise ValueError(f"now must carry a time zone, got {now!r}")
     loaded = load_logs(logs)
     last, problem = _read_accepted(accepted)
-    frames, laws, summary = _laws_of(loaded, config, now.astimezone(dt.UTC), last)
+    frames, laws, summary = laws_of(loaded, config, now.astimezone(dt.UTC), last)
     if problem:
         frames["files"]["accepted-statistics-readable"] = False
         laws.append(Law("accepted-statistics-readable", "files", ("accepted-statistics-readable",), "true", problem, "restore the file, or delete it to start afresh", severity=WARNING))
@@ -136,7 +136,7 @@ def _read_accepted(accepted: Path | None) -> tuple[dict | None, str]:
     return record, ""
 
 
-def _laws_of(loaded: LoadedLogs, config: ValidationConfig, now: dt.datetime, accepted: dict | None) -> tuple[dict[str, pd.DataFrame], list[Law], dict]:
+def laws_of(loaded: LoadedLogs, config: ValidationConfig, now: dt.datetime, accepted: dict | None) -> tuple[dict[str, pd.DataFrame], list[Law], dict]:
     """Frames with the rules' true/false columns, the laws on them, and the figures of these logs."""
     frames = {"files": files_frame(loaded)} | dict(loaded.tables)
     laws = file_laws() if len(loaded.files) else []
@@ -151,9 +151,11 @@ def _laws_of(loaded: LoadedLogs, config: ValidationConfig, now: dt.datetime, acc
     for rule in ROW_RULES:
         if (rule.table, rule.rule) in kept:
             says = f"{rule.says}: after {look.latest[1]}" if rule.rule == "no-future-timestamps" else rule.says
-            laws.append(Law(rule.rule, rule.table, (rule.rule,), "true", says, rule.remedy, rule.severity, show=rule.show))
+            show = rule.show if rule.value is None else (*rule.show, rule.value[0])
+            laws.append(Law(rule.rule, rule.table, (rule.rule,), "true", says, rule.remedy, rule.severity, show=show))
     for name in TABLES:
         columns = {rule: values for (table, rule), values in kept.items() if table == name}
+        columns |= {rule.value[0]: rule.value[1](look) for rule in ROW_RULES if rule.table == name and rule.value and not kept.get((name, rule.rule), np.ones(1)).all()}
         if columns:
             frames[name] = pd.concat([frames[name], pd.DataFrame(columns, index=frames[name].index)], axis=1)
     frames["statistics"] = statistics.frame
@@ -181,11 +183,11 @@ def _failure(verdict: Verdict, frame: pd.DataFrame) -> Failure:
         broken = _broken_rows(law, frame)
         if broken is not None:
             rows = int(broken.sum())
-            examples = show_rows(frame, np.flatnonzero(broken), law.show, _EXAMPLES)
+            examples = show_rows(frame, np.flatnonzero(broken), law.show, 1 if law.kind == "varies" else _EXAMPLES)
         what = law.says + (f" (found {verdict.observed})" if law.kind == "type" else "")
     unit = "files" if law.frame == "files" else "rows"
     count = f" - {rows:,} of {verdict.total:,} {unit}" if rows and law.kind not in ("columns", "within", "rows") and law.show else ""
-    shown = f", e.g. {'; '.join(examples)}" if examples else ""
+    shown = f", e.g. {'; '.join(examples)}".rstrip(".") if examples else ""
     message = f"[{law.rule}] {subject + ': ' if subject else ''}{what}{count}{shown}. What to do: {law.remedy}."
     return Failure(law.rule, law.frame, law.severity, rows, verdict.total, tuple(examples), message)
 

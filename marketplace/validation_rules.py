@@ -31,11 +31,11 @@ class ValidationConfig:
 
     max_click_rate: float = Field(0.15, gt=0, le=1)
     """Highest plausible share of impressions clicked; 20 % flipped labels give at least 0.2."""
-    click_rate_factor: float = Field(2.5, gt=1)
+    click_rate_factor: float = Field(4.0, gt=1)
     """Clicks may differ from the sum of the logged pctr by this factor, plus four standard deviations."""
     accepted_click_rate_factor: float = Field(2.0, gt=1)
     """The click rate may differ from that of the last accepted logs by this factor, plus four standard deviations."""
-    accepted_bid_factor: float = Field(3.0, gt=1)
+    accepted_bid_factor: float = Field(5.0, gt=1)
     """The median bid may differ from that of the last accepted logs by this factor."""
     bid_factor: float = Field(5.0, gt=1)
     """A logged bid may differ from the catalogue's bid of that ad and day by this factor."""
@@ -51,10 +51,12 @@ class ValidationConfig:
     """Highest share of a table's rows that may repeat another row in all columns (leaving aside an event id)."""
     min_known_history_share: float = Field(0.05, ge=0, le=1)
     """Lowest share of requests whose user has a behaviour before the request; less means shifted clocks or swapped ids."""
-    constant_minimum_rows: int = Field(100, ge=2)
-    """A column is asked to vary only in tables with this many rows."""
+    constant_minimum_rows: int = Field(30, ge=2)
+    """A column is asked to vary only in tables, and on days, with this many rows."""
     may_be_constant: tuple[str, ...] = ()
     """Columns, as table.column, that may hold one value only, beyond those that `ALLOWED_CONSTANTS` lists."""
+    organic_clicks: bool = False
+    """Behaviours also hold clicks on other things than ads, so a click without an impression is no fault."""
     clock_skew_minutes: float = Field(10.0, ge=0)
     """Timestamps may be later than now by this much, minutes."""
     late_hours: float = Field(24.0, ge=0)
@@ -73,6 +75,7 @@ NEUTRAL = {"behaviours.action": 1, "impressions.slot": 1, "impressions.propensit
 
 UNKNOWN_TOGETHER = (
     ("users.age_band", "users.gender"),
+    ("ads.category_id", "ads.price_band", "behaviours.category_id"),
     ("behaviours.session_id", "requests.session_id"),
     ("impressions.purchase", "impressions.order_value"),
 )
@@ -171,6 +174,10 @@ def _column_laws(name: str, column: Column, tables: dict[str, pd.DataFrame], con
     return laws
 
 
+_ROWS_WITH_CLICKS = 1000
+"""Impressions among which there is certainly a click."""
+
+
 def _must_vary(table: str, column: str, tables: dict[str, pd.DataFrame], config: ValidationConfig) -> bool:
     key, values = f"{table}.{column}", tables[table][column]
     if len(values) < config.constant_minimum_rows or key in MAY_BE_CONSTANT or key in config.may_be_constant:
@@ -181,7 +188,7 @@ def _must_vary(table: str, column: str, tables: dict[str, pd.DataFrame], config:
         if key in group:
             others = [other.split(".") for other in group if other not in config.may_be_constant]
             return not all(_always(tables[name][other], 0) for name, other in others if other in tables[name].columns)
-    return not (key in ("impressions.click", "impressions.payment") and len(values) < 10 * config.constant_minimum_rows)
+    return key != "impressions.click" or len(values) >= _ROWS_WITH_CLICKS
 
 
 def _always(values: pd.Series, value: float) -> bool:
@@ -277,6 +284,8 @@ class RowRule:
     check: Callable[[Lookups], np.ndarray | pd.Series]
     show: tuple[str, ...] = ()
     severity: str = CRITICAL
+    value: tuple[str, Callable[[Lookups], pd.Series]] | None = None
+    """A figure of each row, shown with the examples."""
 
 
 def _in_own_day(table: str) -> Callable[[Lookups], pd.Series]:
@@ -297,16 +306,18 @@ def _not_in_future(table: str) -> Callable[[Lookups], pd.Series]:
     return check
 
 
-def _bids_match(look: Lookups) -> pd.Series:
-    ratio = look.tables["impressions"]["bid"] / look.of_ad("bid")
-    factor = look.config.bid_factor
-    return ~((ratio > factor) | (ratio < 1 / factor))
+def bid_over_catalogue(look: Lookups) -> pd.Series:
+    """Logged bid of each impression over the catalogue's bid of that ad and day."""
+    return look.tables["impressions"]["bid"] / look.of_ad("bid")
 
 
-def _bids_steady(look: Lookups) -> pd.Series:
+def bid_over_median(look: Lookups) -> pd.Series:
+    """Bid of each catalogue row over the ad's own median over the days."""
     ads = look.tables["ads"]
-    ratio = ads["bid"] / ads.groupby("ad_id")["bid"].transform("median")
-    factor = look.config.bid_day_factor
+    return ads["bid"] / ads.groupby("ad_id")["bid"].transform("median")
+
+
+def _near_one(ratio: pd.Series, factor: float) -> pd.Series:
     return ~((ratio > factor) | (ratio < 1 / factor))
 
 
@@ -347,7 +358,9 @@ def _click_after_impression(look: Lookups) -> pd.Series:
 
 
 def _clicks_were_shown(look: Lookups) -> np.ndarray:
-    return (look.tables["impressions"]["click"] != 1).to_numpy() | (look.request_rows >= 0)
+    shown = look.tables["impressions"]
+    on_page = (look.request_rows >= 0) & ~(shown["slot"] > look.of_request("slots")).to_numpy()
+    return (shown["click"] != 1).to_numpy() | on_page
 
 
 def _same_place(look: Lookups) -> np.ndarray:
@@ -377,18 +390,20 @@ ROW_RULES = (
     ),
     RowRule(
         "bids-match-catalogue", "impressions", ("impressions.bid", "impressions.ad_id", "ads.ad_id", "ads.bid"),
-        "bid level: the logged bid is far from the catalogue's bid of that ad and day (multiplied, or another unit?)", "write bids in currency per click in both tables", _bids_match, (*_PAGE, "ad_id", "bid"),
+        "bid level: the logged bid is far from the catalogue's bid of that ad and day (multiplied, or another unit?)", "write bids in currency per click in both tables",
+        lambda look: _near_one(bid_over_catalogue(look), look.config.bid_factor), (*_PAGE, "ad_id", "bid"), value=("bid_over_catalogue", bid_over_catalogue),
     ),
     RowRule(
         "bids-steady", "ads", ("ads.bid", "ads.ad_id"), "bid level: the ad's bid is far from its own median over the days (multiplied, or another unit?)",
-        "check the days' units; raise bid_day_factor if bids do jump so far", _bids_steady, ("event_timestamp", "ad_id", "bid"),
+        "check the days' units; raise bid_day_factor if bids do jump so far", lambda look: _near_one(bid_over_median(look), look.config.bid_day_factor),
+        ("event_timestamp", "ad_id", "bid"), value=("bid_over_median", bid_over_median),
     ),
     RowRule(
         "no-unknown-requests", "impressions", ("impressions.request_id", "requests.request_id"), "unknown request: the impression's request is not in the logs",
         "export requests and impressions of the same days", lambda look: look.request_rows >= 0, _PAGE,
     ),
     RowRule(
-        "no-click-without-impression", "impressions", ("impressions.click", "impressions.request_id", "requests.request_id"),
+        "no-click-without-impression", "impressions", ("impressions.click", "impressions.slot", "impressions.request_id", "requests.request_id", "requests.slots"),
         "click without an impression: clicked, but no such page was asked for and shown", "drop clicks that belong to no shown ad", _clicks_were_shown, (*_PAGE, "ad_id"),
     ),
     RowRule(
@@ -396,7 +411,7 @@ ROW_RULES = (
         lambda look: _known(look, "impressions.ad_id", "ads.ad_id"), (*_PAGE, "ad_id"),
     ),
     RowRule(
-        "ad-active-that-day", "impressions", ("impressions.ad_id", "ads.ad_id"), "the ad was shown on a day whose catalogue does not hold it", "write one ads row for every ad and day",
+        "ad-active-that-day", "impressions", ("impressions.ad_id", "ads.ad_id"), "unknown ad on that day: the day's catalogue does not hold it", "write one ads row for every ad and day",
         lambda look: (look.catalogue_rows >= 0) | ~_known(look, "impressions.ad_id", "ads.ad_id"), (*_PAGE, "event_timestamp", "ad_id"),
     ),
     RowRule(
@@ -462,14 +477,14 @@ ROW_RULES = (
     *(
         RowRule(
             "no-future-timestamps", table, (f"{table}.event_timestamp",), "future timestamp", "check clocks and time zones, or leave out days that are not over", _not_in_future(table),
-            (*TABLES[table].key, *(() if "event_timestamp" in TABLES[table].key else ("event_timestamp",))),
+            (*TABLES[table].key, "event_timestamp", *(("click_timestamp",) if table == "impressions" else ())),
         )
         for table in TABLES
     ),
     *(
         RowRule(
             "rows-in-their-day", table, (f"{table}.event_timestamp",), "the timestamp is not of the UTC day of its folder", "partition by the UTC date of event_timestamp", _in_own_day(table),
-            (*TABLES[table].key, *(() if "event_timestamp" in TABLES[table].key else ("event_timestamp",))),
+            (*TABLES[table].key, "event_timestamp"),
         )
         for table in TABLES
     ),

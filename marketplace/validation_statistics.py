@@ -111,25 +111,40 @@ def _clicks_in_behaviours(look: Lookups, statistics: Statistics) -> None:
     lost = clicks[~found.to_numpy()]["row"].to_numpy()
     says = f"label flip: {found.mean():.1%} of the clicked impressions are found among the behaviours' clicks, the others are not (click labels flipped?)"
     statistics.add("no-flipped-labels", "clicks_found_in_behaviours", found.mean(), 0.98, 1.0, says, "write click and the behaviour from the same event", show_rows(shown, lost, ("request_id", "slot", "click")))
-    says = "ad clicks are recorded in behaviours with another action than 2 (constant feature: action?)"
-    statistics.add("clicks-recorded-as-clicks", "clicks_recorded_as_clicks", (action[found] == ACTION_CLICK).mean(), 0.98, 1.0, says, "write action 2 for clicks")
+    constant = bool((done["action"] == done["action"].iloc[0]).all())
+    says = f"{'constant feature: action holds one value only; ' if constant else ''}ad clicks are recorded in behaviours with another action than 2"
+    statistics.add("no-constant-features" if constant else "clicks-recorded-as-clicks", "clicks_recorded_as_clicks", (action[found] == ACTION_CLICK).mean(), 0.98, 1.0, says, "write action 2 for clicks")
 
 
 def _behaviours_in_impressions(look: Lookups, statistics: Statistics) -> None:
-    """Where the history before the first request holds no click at all, clicks in a request's session are clicks on its ads."""
+    """Clicks in behaviours since the first request are clicks on shown ads, unless the platform logs other clicks too.
+
+    It does if it says so (`organic_clicks`), or if the history before the requests has clicks and most later clicks are
+    not on shown ads either. Clicks of the first hours may belong to pages of the day before.
+    """
     shown, done, asked = look.tables["impressions"], look.tables["behaviours"], look.tables["requests"]
+    first = asked["event_timestamp"].min()
     is_click = (done["action"] == ACTION_CLICK).to_numpy()
-    before = (done["event_timestamp"] < asked["event_timestamp"].min()).to_numpy()
-    session = look.ids("behaviours.session_id")
-    rows = np.flatnonzero(is_click & ~before & (session > 0) & np.isin(session, look.ids("requests.session_id")))
-    if not before.any() or (is_click & before).any() or not len(rows):
+    session, known_sessions = look.ids("behaviours.session_id"), look.ids("requests.session_id")
+    of_request = (session > 0) & np.isin(session, known_sessions[known_sessions > 0])
+    time = done["event_timestamp"]
+    rows = np.flatnonzero(is_click & ((of_request & (time >= first)) | (time >= first + pd.Timedelta(hours=look.config.late_hours))).to_numpy())
+    if look.config.organic_clicks or not len(rows):
         return
     clicked = np.flatnonzero((shown["click"] == 1).to_numpy() & (look.catalogue_rows >= 0) & (look.request_rows >= 0))
-    known = pd.MultiIndex.from_arrays([look.ids("requests.session_id")[look.request_rows[clicked]], look.ids("ads.poi_id")[look.catalogue_rows[clicked]]])
-    found = pd.MultiIndex.from_arrays([session[rows], look.ids("behaviours.poi_id")[rows]]).isin(known)
-    says = f"click without an impression: {int((~found).sum())} clicks in behaviours belong to a request's session, but no ad shown there was clicked"
+    place = look.ids("ads.poi_id")[look.catalogue_rows[clicked]]
+    by_session = pd.MultiIndex.from_arrays([known_sessions[look.request_rows[clicked]], place])
+    by_time = pd.MultiIndex.from_arrays([look.ids("impressions.user_id")[clicked], place, shown["click_timestamp"].to_numpy()[clicked]])
+    poi = look.ids("behaviours.poi_id")[rows]
+    found = (session[rows] > 0) & pd.MultiIndex.from_arrays([session[rows], poi]).isin(by_session)
+    found |= pd.MultiIndex.from_arrays([look.ids("behaviours.user_id")[rows], poi, time.to_numpy()[rows]]).isin(by_time)
+    history_clicks = (is_click & (time < first).to_numpy()).any()
+    if history_clicks and (~found).mean() > 0.5:
+        return
+    says = f"click without an impression: {int((~found).sum())} of {len(rows)} clicks in behaviours are on no ad that was shown and clicked"
+    remedy = "export impressions and clicks of the same pages; set organic_clicks if behaviours also hold clicks on other things than ads"
     examples = show_rows(done, rows[~found], ("behaviour_id", "session_id", "poi_id"))
-    statistics.add("no-click-without-impression", "behaviour_clicks_without_impression", int((~found).sum()), 0, 0, says, "export impressions and clicks of the same pages", examples)
+    statistics.add("no-click-without-impression", "behaviour_clicks_without_impression", int((~found).sum()), 0, 0, says, remedy, examples)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,7 +160,7 @@ def _copies(table: str) -> Callable[[Lookups, Statistics], None]:
         frame = look.tables[table][[name for name in TABLES[table].names if name in look.tables[table].columns and name != _COPY_KEYS.get(table)]]
         copied = frame.duplicated().to_numpy()
         share = float(copied.mean())
-        says = f"duplicate rows: {share:.1%} of the rows of {table} repeat another row"
+        says = f"duplicate rows: {table} has {copied.sum() / max(1, (~copied).sum()):.1%} more rows than different ones; {int(copied.sum()):,} of {len(frame):,} repeat another row"
         examples = show_rows(look.tables[table], np.flatnonzero(copied), TABLES[table].key)
         statistics.add("no-duplicate-rows", f"{table}_copied_share", share, 0.0, look.config.max_copied_share, says, "remove the copies: a file or a batch was written twice", examples)
 
@@ -158,7 +173,7 @@ def _constant_days(table: str) -> Callable[[Lookups, Statistics], None]:
     def step(look: Lookups, statistics: Statistics) -> None:
         frame, config = look.tables[table], look.config
         days = frame["_day"]
-        large = days.map(days.value_counts()) >= 10 * config.constant_minimum_rows
+        large = days.map(days.value_counts()) >= config.constant_minimum_rows
         found = []
         for column in TABLES[table].columns:
             key = f"{table}.{column.name}"
@@ -242,8 +257,8 @@ _STEPS: tuple[tuple[Callable[[Lookups, Statistics], None], tuple[str, ...]], ...
     (
         _behaviours_in_impressions,
         (
-            *("impressions.click", "impressions.request_id", "impressions.ad_id", "ads.ad_id", "ads.poi_id", "requests.request_id", "requests.session_id"),
-            *("requests.event_timestamp", "behaviours.session_id", "behaviours.poi_id", "behaviours.event_timestamp", "behaviours.action"),
+            *("impressions.click", "impressions.click_timestamp", "impressions.user_id", "impressions.request_id", "impressions.ad_id", "ads.ad_id"),
+            *("ads.poi_id", "requests.request_id", "requests.session_id", "requests.event_timestamp", "behaviours.user_id", "behaviours.session_id", "behaviours.poi_id", "behaviours.event_timestamp", "behaviours.action"),
         ),
     ),
     *((_copies(table), (f"{table}._day",)) for table in TABLES),

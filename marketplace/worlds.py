@@ -26,7 +26,16 @@ from tqdm import tqdm
 from marketplace import checkins, keyed, synthetic
 from marketplace.bootstrap import BootstrapConfig, BootstrapPolicy
 from marketplace.checkins import CheckinsConfig
-from marketplace.click_model import ClickConfig, attraction, calibrate_base, continuation, page_click_probability, reading_probability, sigmoid, substitution_from_below
+from marketplace.click_model import (
+    ClickConfig,
+    attraction,
+    calibrate_base,
+    continuation,
+    page_click_probability,
+    reading_probability,
+    sigmoid,
+    substitution_from_below,
+)
 from marketplace.logs import write_bytes, write_manifest, write_table
 from marketplace.schema import ACTION_CLICK, ACTION_PURCHASE, ACTION_VISIT, ADS, BEHAVIOURS, REQUESTS, USERS
 from marketplace.state import WorldState, planar_km

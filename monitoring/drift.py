@@ -56,6 +56,8 @@ class DriftColumn:
     kind: Kind
     current: pd.DataFrame
     reference: pd.DataFrame
+    ordinary: pd.DataFrame | None = None
+    """Days whose differences are ordinary, for the threshold; None: the reference itself."""
 
 
 @plain_dataclass(frozen=True)
@@ -156,10 +158,12 @@ def watched_columns(current: Facts, tables: LogTables, reference: Facts, referen
     """The columns that can be compared fairly.
 
     What users bring is compared over both arms. What a policy shows is compared only with the same policy: the control with the reference logs if the same
-    version answered there, the treatment with its own first day once it has a second one. Otherwise the experiment itself would read as drift.
+    version answered there, the treatment with its own first day once it has a second one (how much days differ is then learnt from the reference logs).
+    Otherwise the experiment itself would read as drift.
     """
     reference = _latest(reference, config.reference_days)
     now, before = _request_columns(current, tables), _request_columns(reference, reference_tables)
+    ordinary: dict[str, pd.DataFrame] = {}
     if not tables.ads.empty and not reference_tables.ads.empty:
         days = reference_tables.ads["event_timestamp"].dt.floor("D")
         recent = reference_tables.ads[days.isin(sorted(days.unique())[-config.reference_days :])]
@@ -177,7 +181,8 @@ def watched_columns(current: Facts, tables: LogTables, reference: Facts, referen
         label = f"{treatment}, against its first day"
         now |= _page_columns(shown[treatment][~first], current.requests, tables.ads, label)
         before |= _page_columns(shown[treatment][first], current.requests, tables.ads, label)
-    return [DriftColumn(n, _group(n), "categorical" if n in _CATEGORICAL else "numeric", now[n], before[n]) for n in now if n in before]
+        ordinary = _page_columns(reference.impressions, reference.requests, reference_tables.ads, label)
+    return [DriftColumn(n, _group(n), "categorical" if n in _CATEGORICAL else "numeric", now[n], before[n], ordinary.get(n)) for n in now if n in before]
 
 
 def distance(reference: np.ndarray, current: np.ndarray, kind: Kind) -> float:
@@ -195,21 +200,31 @@ def _sample(values: np.ndarray, config: DriftConfig) -> np.ndarray:
 
 
 def _noise(column: DriftColumn, config: DriftConfig) -> float:
-    """Greatest distance of one reference day from the others, with as many units (users, ads) as the current side has on a day; 0 with a single day."""
-    days = column.reference["day"].unique()
+    """Greatest distance of one ordinary day from the other days, with as many units (users, ads) as the current side has on a day; 0 with a single day.
+
+    If the reference is one day only, days are compared one with the next, both with that many units.
+    """
+    ordinary = column.reference if column.ordinary is None else column.ordinary
+    days = np.sort(ordinary["day"].unique())
     if len(days) < 2:
         return 0.0
     generator = np.random.default_rng(config.seed)
     units = max(1, int(column.current.groupby("day")["unit"].nunique().median()))
-    greatest = 0.0
-    for day in days:
-        inside = column.reference["day"] == day
-        one, others = column.reference[inside], column.reference.loc[~inside, "value"].to_numpy()
-        present = one["unit"].unique()
-        if len(present) > units:
-            one = one[one["unit"].isin(generator.choice(present, units, replace=False))]
-        if len(one) >= config.least_rows and len(others) >= config.least_rows:
-            greatest = max(greatest, distance(_sample(others, config), _sample(one["value"].to_numpy(), config), column.kind))
+
+    def sample(rows: pd.DataFrame) -> np.ndarray:
+        present = rows["unit"].unique()
+        kept = rows if len(present) <= units else rows[rows["unit"].isin(generator.choice(present, units, replace=False))]
+        return _sample(kept["value"].to_numpy(), config)
+
+    single, greatest = len(column.reference["day"].unique()) == 1, 0.0
+    for index, day in enumerate(days):
+        one = sample(ordinary[ordinary["day"] == day])
+        if single:
+            others = sample(ordinary[ordinary["day"] == days[index - 1]])
+        else:
+            others = _sample(ordinary.loc[ordinary["day"] != day, "value"].to_numpy(), config)
+        if min(len(one), len(others)) >= config.least_rows:
+            greatest = max(greatest, distance(others, one, column.kind))
     return greatest
 
 

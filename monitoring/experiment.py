@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pandas as pd
@@ -64,6 +64,8 @@ class DriverConfig:
     """Of that draw."""
     salt: str = Field("ab-1", min_length=1)
     """Experiment salt of the arm assignment; a new experiment takes a new one."""
+    treatment_policy: Literal["model", "bootstrap"] = "model"
+    """What answers arm B. "bootstrap", the control's policy, makes an A/A test of the whole chain: it must show no difference."""
 
 
 class SimulatedUsers(Protocol):

@@ -181,7 +181,8 @@ def _cuped_record(users: pd.DataFrame, before: pd.DataFrame | None, plan: Experi
     return {"metric": plan.primary, "lift": shown.value, "lift_low": shown.low, "lift_high": shown.high, "p": shown.p_value, "theta": adjusted.theta, "correlation": adjusted.correlation}
 
 
-def _guardrails(users: pd.DataFrame, lifts: dict[str, dict[str, Any]], plan: ExperimentPlan) -> list[dict[str, Any]]:
+def _guardrails(users: pd.DataFrame, lifts: dict[str, dict[str, Any]], plan: ExperimentPlan, planned: int) -> list[dict[str, Any]]:
+    """Proven by the plan's own interval, harmed only by the always-valid one: a guardrail may stop the test at any look."""
     records = []
     share = (plan.treatment_share) / (1 - plan.treatment_share)
     for name, margin in plan.guardrails.items():
@@ -197,7 +198,7 @@ def _guardrails(users: pd.DataFrame, lifts: dict[str, dict[str, Any]], plan: Exp
                 "high": high,
                 "limit": -margin,
                 "passed": bool(low > -margin),
-                "harmed": bool(record["always_valid_high"] < -margin or (plan.rule == "fixed" and high < -margin)),
+                "harmed": bool(record["always_valid_high"] < -margin),
                 "users_needed": needed,
                 "relative": True,
             }
@@ -207,6 +208,7 @@ def _guardrails(users: pd.DataFrame, lifts: dict[str, dict[str, Any]], plan: Exp
             continue
         a, b = (arm_estimate(users, arm, name, "answered") for arm in (plan.control, plan.treatment))
         change = ab_stats.difference(a, b, plan.alpha)
+        sequence = ab_stats.always_valid(change.value, change.standard_error**2, max(1, a.users + b.users), planned, plan.alpha)
         records.append(
             {
                 "name": name,
@@ -216,7 +218,7 @@ def _guardrails(users: pd.DataFrame, lifts: dict[str, dict[str, Any]], plan: Exp
                 "high": change.high,
                 "limit": plan.service_margin,
                 "passed": bool(change.high < plan.service_margin),
-                "harmed": bool(change.low > plan.service_margin),
+                "harmed": bool(sequence.low > plan.service_margin),
                 "users_needed": math.nan,
                 "relative": False,
             }
@@ -225,17 +227,17 @@ def _guardrails(users: pd.DataFrame, lifts: dict[str, dict[str, Any]], plan: Exp
 
 
 def _calibration(users: pd.DataFrame, before: pd.DataFrame | None, plan: ExperimentPlan, same_policy: bool) -> list[dict[str, Any]]:
-    """Predicted over observed clicks of each arm; the control's target is what the same policy had in the reference period."""
+    """Predicted over observed clicks of each arm. Expected is 1; of the control, what the same policy had just before (with that figure's own error)."""
     records = []
-    target = 1.0
+    exact = ab_stats.Estimate(1.0, 0.0, 10**9)
+    past = exact
     if same_policy and before is not None and before["clicks"].sum() > 0:
-        target = float(before["predicted"].sum() / before["clicks"].sum())
-    for arm, wanted in ((plan.control, target), (plan.treatment, 1.0)):
+        past = ab_stats.ratio_per_user(before["predicted"].to_numpy(), before["clicks"].to_numpy())
+    for arm, expected in ((plan.control, past), (plan.treatment, exact)):
         estimate = arm_estimate(users, arm, "predicted", "clicks")
-        half = 1.96 * math.sqrt(estimate.variance) if estimate.variance >= 0 else math.nan
-        low, high = estimate.value - half, estimate.value + half
-        alarm = low > wanted * (1 + plan.calibration_margin) or high < wanted * (1 - plan.calibration_margin)
-        records.append({"arm": arm, "predicted_over_observed": estimate.value, "low": low, "high": high, "expected": wanted, "alarm": bool(alarm)})
+        own, off = ab_stats.lift(exact, estimate, plan.alpha), ab_stats.lift(expected, estimate, plan.alpha)
+        alarm = off.low > plan.calibration_margin or off.high < -plan.calibration_margin
+        records.append({"arm": arm, "predicted_over_observed": estimate.value, "low": 1 + own.low, "high": 1 + own.high, "expected": expected.value, "alarm": bool(alarm)})
     return records
 
 
@@ -283,7 +285,7 @@ def decide(
         return Verdict("invalid", "Invalid: do not read the numbers", "The experiment is broken, so its lifts mean nothing. Mend the cause and start again with a new salt.", broken)
     if prices_above_bid:
         return Verdict("stop", "Stop: an advertiser was charged above the bid", f"{prices_above_bid} impressions carry a price above their bid. One such case ends a test.", [])
-    harmed = [g for g in guardrails if g["harmed"] and may_decide or g["harmed"] and sized and not g["relative"]]
+    harmed = [g for g in guardrails if g["harmed"] and sized]
     sequence_harm = sized and main["always_valid_high"] < 0
     if sequence_harm or (may_decide and high < 0):
         worst = main["always_valid_high"] if sequence_harm and not may_decide else high
@@ -356,8 +358,8 @@ def analyse(facts: Facts, plan: ExperimentPlan, responses: pd.DataFrame | None =
         lifts[name]["p_adjusted"] = float(adjusted)
     srm_shares = [1 - plan.treatment_share, plan.treatment_share]
     srm_p = ab_stats.sample_ratio_p(counts, srm_shares)
-    guardrails = _guardrails(users, lifts, plan)
-    past = None if before is None else per_user(before)
+    guardrails = _guardrails(users, lifts, plan, planned)
+    past, recent = (None, None) if before is None else (per_user(before), per_user(_last_days(before)))
     broken = _broken(facts, users, plan, srm_p, completeness)
     verdict = decide(plan, lifts, guardrails, broken, facts.counts.prices_above_bid, sum(counts), planned)
     same_policy = before is not None and bool(policies(facts, plan.control) & policies(before))
@@ -370,13 +372,22 @@ def analyse(facts: Facts, plan: ExperimentPlan, responses: pd.DataFrame | None =
         "primary": plan.primary,
         "rule": plan.rule,
         "guardrails": guardrails,
-        "calibration": _calibration(users, past, plan, same_policy),
+        "calibration": _calibration(users, recent, plan, same_policy),
         "cuped": _cuped_record(users, past, plan),
         "sample_ratio": {"p": srm_p, "log_bayes": ab_stats.sample_ratio_log_bayes(counts, srm_shares), "passed": srm_p >= ab_stats.SRM_ALARM},
         "completeness": completeness,
         "counts": facts.counts.__dict__,
     }
     return Analysis(verdict, result, users, _by_day(facts, arms, plan.alpha))
+
+
+CALIBRATION_DAYS = 3
+"""Last reference days that give the control's calibration target: a policy that learns overnight is compared with its recent self."""
+
+
+def _last_days(facts: Facts) -> Facts:
+    days = sorted(facts.requests["day"].unique())[-CALIBRATION_DAYS:]
+    return Facts(facts.requests[facts.requests["day"].isin(days)], facts.impressions[facts.impressions["day"].isin(days)], facts.counts)
 
 
 def policies(facts: Facts, arm: str | None = None) -> set[str]:

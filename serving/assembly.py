@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from features.store import load_catalogue, open_store, read_user
-
+from features.store import check_store, load_catalogue, open_store, read_snapshot, read_user
 from model.bundle import signing_key
 from serving.catalogue import split_by_city
 from serving.event_log import EventLog
@@ -22,15 +21,19 @@ def assemble(config: ServingConfig) -> Ranking:
     policies: dict[str, Policy] = {"bootstrap": Bootstrap(config.bootstrap_epsilon, config.seed)}
     users: UserReader[Any] = UserReader(lambda user_id: None, config.feature_deadline_ms / 1e3)
     if "model" in kinds:
-        policies["model"] = _model(config)
+        length = int(read_snapshot(config.home)["behaviours"])
+        policies["model"] = _model(config, length)
         store = open_store(config.home)
-        users = UserReader(lambda user_id: read_user(store, user_id), config.feature_deadline_ms / 1e3)
+        store.config.registry.cache_ttl_seconds = 0  # definitions change with a deployment; re-reading them every 2 s costs a request 10 to 50 ms
+        check_store(store)
+        read_user(store, 0, length)  # the first read opens connections and caches; it may take longer than the deadline
+        users = UserReader(lambda user_id: read_user(store, user_id, length), config.feature_deadline_ms / 1e3)
     cities = split_by_city(load_catalogue(config.home))
     return Ranking(config, cities, policies, users, EventLog(config.event_log, config.events_synchronous))
 
 
-def _model(config: ServingConfig) -> Model:
+def _model(config: ServingConfig, behaviours: int) -> Model:
     key = signing_key(config.key_home)
     entry = approved(config.home, config.model_tag, key) if config.model_tag else newest_approved(config.home, key)
     default = entry.price_mode if config.price_mode == "auto" else config.price_mode
-    return Model(entry.folder, key, default, learned_allowed=entry.price_mode == "learned", threads=config.torch_threads)
+    return Model(entry.folder, key, default, entry.price_mode == "learned", behaviours, config.torch_threads)

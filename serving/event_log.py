@@ -44,7 +44,9 @@ CREATE TABLE IF NOT EXISTS event (
   order_value REAL NOT NULL, PRIMARY KEY (request_id, slot, type)) WITHOUT ROWID;
 """
 
-_CLICK, _PURCHASE = "click", "purchase"
+_PURCHASE = "purchase"
+_LOCK_WAIT_SECONDS = 3.0
+"""Longest wait for another writer of the file before a page is refused."""
 
 
 class EventLogError(RuntimeError):
@@ -118,7 +120,7 @@ class EventRecord:
 Outcome = Literal["accepted", "duplicate", "unknown_impression", "ad_mismatch"]
 
 
-def _micros(time: datetime) -> int:
+def microseconds(time: datetime) -> int:
     """Whole microseconds since 1970, exact (float seconds are not)."""
     delta = time - datetime(1970, 1, 1, tzinfo=UTC)
     return (delta.days * 86_400 + delta.seconds) * 1_000_000 + delta.microseconds
@@ -126,7 +128,7 @@ def _micros(time: datetime) -> int:
 
 def _connect(path: Path, synchronous: str) -> sqlite3.Connection:
     path.parent.mkdir(parents=True, exist_ok=True)
-    connection = sqlite3.connect(path, timeout=10.0, isolation_level=None, check_same_thread=False)
+    connection = sqlite3.connect(path, timeout=_LOCK_WAIT_SECONDS, isolation_level=None, check_same_thread=False)
     try:
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute(f"PRAGMA synchronous={synchronous}")
@@ -169,9 +171,9 @@ class EventLog:
 
         Raises DuplicateRequest, with nothing written, when the id is in the log: whoever comes second returns the first answer.
         """
-        time_us = _micros(page.time)
+        time_us = microseconds(page.time)
         request = (
-            page.request_id, page.body_sha256, time_us, _micros(page.received), page.user_id, page.session_id, page.city_id, page.latitude,
+            page.request_id, page.body_sha256, time_us, microseconds(page.received), page.user_id, page.session_id, page.city_id, page.latitude,
             page.longitude, page.utc_offset_minutes, page.slots, page.arm, page.model_version, page.price_mode, json.dumps(page.degraded),
             page.latency_ms, json.dumps(page.answer, allow_nan=False),
         )  # fmt: skip
@@ -195,7 +197,7 @@ class EventLog:
 
         An event before its impression (a client's clock) is moved to the impression's time.
         """
-        received_us = _micros(received)
+        received_us = microseconds(received)
         outcomes: list[Outcome] = []
         with self._lock, _Transaction(self._connection):
             for event in events:
@@ -207,7 +209,7 @@ class EventLog:
                 elif event.ad_id is not None and event.ad_id != shown[0]:
                     outcomes.append("ad_mismatch")
                 else:
-                    time_us = max(shown[1], received_us if event.time is None else _micros(event.time))
+                    time_us = max(shown[1], received_us if event.time is None else microseconds(event.time))
                     value = event.order_value if event.type == _PURCHASE else 0.0
                     written = self._connection.execute(
                         "INSERT OR IGNORE INTO event VALUES (?,?,?,?,?,?)", (event.request_id, event.slot, event.type, time_us, received_us, value)
@@ -245,10 +247,10 @@ def _window(since: datetime | None, until: datetime | None, column: str) -> tupl
     parts, values = ["1"], []
     if since is not None:
         parts.append(f"{column} >= ?")
-        values.append(_micros(since))
+        values.append(microseconds(since))
     if until is not None:
         parts.append(f"{column} < ?")
-        values.append(_micros(until))
+        values.append(microseconds(until))
     return " AND ".join(parts), values
 
 

@@ -45,6 +45,7 @@ class Gate:
             await self.app(scope, receive, send)
             return
         headers = {name.lower(): value for name, value in scope["headers"]}
+        send = _Tolerant(send)
         open_path = scope["path"] in _OPEN_PATHS
         if self._token and not open_path and not hmac.compare_digest(headers.get(b"authorization", b""), b"Bearer " + self._token):
             await self._refuse(send, receive, headers, 401, "unauthorized", f"send 'Authorization: Bearer <token>'; the server's is in {TOKEN_VARIABLE}")
@@ -165,6 +166,24 @@ class _Replay:
             body, self._body = self._body, None
             return {"type": "http.request", "body": body, "more_body": False}
         return await self._receive()
+
+
+class _Tolerant:
+    """Drops what can no longer be sent because the client hung up: that is no error of ours and no reason for a traceback."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._gone = False
+
+    async def __call__(self, message: Message) -> None:
+        if self._gone:
+            return
+        try:
+            await self._send(message)
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "closed" not in str(error):
+                raise
+            self._gone = True
 
 
 class _ErrorShape:

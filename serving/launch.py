@@ -16,11 +16,8 @@ from urllib.error import URLError
 from urllib.request import ProxyHandler, build_opener
 
 from model.bundle import BundleError, signing_key
-from serving.settings import SETTINGS_VARIABLE, ServingConfig, SettingsError, save_settings
+from serving.settings import SETTINGS_VARIABLE, STARTUP_ERROR_VARIABLE, ServingConfig, SettingsError, save_settings
 from serving.store import approved, newest_approved
-
-STARTUP_ERROR_VARIABLE = "EGA_SERVING_STARTUP_ERROR"
-"""Names a file in which a worker that cannot start says why."""
 
 TARGET = "serving.service:Ranker"
 _QUIET = {"BENTOML_DO_NOT_TRACK": "True", "DO_NOT_TRACK": "1"}

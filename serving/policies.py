@@ -13,6 +13,7 @@ import numpy as np
 from marketplace.bootstrap import BootstrapConfig, BootstrapPolicy
 from serving.catalogue import CityAds
 from serving.errors import Refusal
+from serving.event_log import microseconds
 from serving.invariants import PricedPage
 
 
@@ -77,18 +78,21 @@ class Model:
 
     reads_user = True
 
-    def __init__(self, folder: Path, key: bytes, default_mode: str, learned_allowed: bool, threads: int) -> None:
+    def __init__(self, folder: Path, key: bytes, default_mode: str, learned_allowed: bool, behaviours: int, threads: int) -> None:
+        """`folder`: a verified bundle; `behaviours`: L, length of the histories that the feature store keeps."""
         import torch
         from model.ega_v1.engine import RankingEngine
 
         from features.encoding import Vocabulary
+        from features.store import UserFeatures
         from model.bundle import load_bundle
 
         torch.set_num_threads(threads)
         bundle = load_bundle(folder, key)
         self.version = bundle.version
-        self._vocabulary = Vocabulary.from_json(bundle.vocabulary)
+        self._vocabulary = Vocabulary.from_dict(bundle.vocabulary)
         self._engine = RankingEngine(bundle)
+        self._default_user = UserFeatures.unknown(behaviours)
         self._default_mode = default_mode
         self._learned_allowed = learned_allowed
         self._cities: dict[int, Any] = {}
@@ -101,7 +105,33 @@ class Model:
         self._cities[ads.city_id] = self._engine.prepare_city(encode_ads(self._vocabulary, ads.frame), places)
 
     def rank(self, ads: CityAds, query: Query) -> PricedPage:
+        from features.encoding import encode_requests
+
         mode = query.price_mode or self._default_mode
         if mode == "learned" and not self._learned_allowed:
             raise Refusal(422, "price_mode_unavailable", "the payment network of this model has not passed its gate; use 'critical'", "price_mode")
-        raise NotImplementedError
+        user = query.user or self._default_user
+        latitude, longitude = np.array([query.latitude]), np.array([query.longitude])
+        when, offset = np.array([microseconds(query.time)], np.int64), np.array([query.utc_offset_minutes], np.int64)
+        encoded = encode_requests(self._vocabulary, user.profiles, user.histories, latitude, longitude, when, offset)
+        with self._lock:  # the engine keeps buffers
+            page = self._engine.rank(
+                self._cities[ads.city_id],
+                encoded["user_fields"][0],
+                encoded["context_fields"][0],
+                encoded["behaviours"][0],
+                np.array([query.latitude, query.longitude], np.float32),
+                query.bids,
+                query.reserves,
+                query.eligible,
+                query.slots,
+                mode,
+            )
+        return PricedPage(
+            rows=np.asarray(page.rows, np.int64),
+            pctr=np.asarray(page.pctr, np.float64),
+            price=np.asarray(page.price, np.float64),
+            critical_price=np.asarray(page.critical_price, np.float64),
+            propensity=np.ones(len(page.rows)),
+            price_mode=mode,
+        )

@@ -7,18 +7,18 @@ import logging
 import os
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import bentoml
 from starlette.responses import Response
 
-from serving.assembly import assemble
 from serving.errors import QuietValidation, Refusal, error_body
 from serving.gate import Gate
-from serving.launch import STARTUP_ERROR_VARIABLE
 from serving.messages import EventsRequest, EventsResponse, RankRequest, RankResponse
-from serving.ranking import Ranking
-from serving.settings import load_settings
+from serving.settings import STARTUP_ERROR_VARIABLE, load_settings
+
+if TYPE_CHECKING:
+    from serving.ranking import Ranking
 
 logger = logging.getLogger("ega.serving")
 logging.getLogger("bentoml._internal.server.http_app").addFilter(QuietValidation())
@@ -48,6 +48,8 @@ class Ranker:
         threading.Thread(target=self._load, name="load", daemon=True).start()
 
     def _load(self) -> None:
+        from serving.assembly import assemble  # torch and Feast: seconds, and only the worker needs them
+
         try:
             ranking = assemble(load_settings())
             ranking.warm_up()

@@ -17,6 +17,9 @@ from marketplace.schema import REQUESTS
 SETTINGS_VARIABLE = "EGA_SERVING"
 TOKEN_VARIABLE = "EGA_SERVING_TOKEN"  # noqa: S105 - the name of a variable, not a secret
 
+STARTUP_ERROR_VARIABLE = "EGA_SERVING_STARTUP_ERROR"
+"""Names a file in which a worker that cannot start says why; set by serving.launch."""
+
 PriceMode = Literal["critical", "learned", "gsp", "first_price"]
 
 _CONFIG = ConfigDict(extra="forbid", use_attribute_docstrings=True)

@@ -20,24 +20,29 @@ UNKNOWN, LATE, FAILED = "user_features_default", "user_features_timeout", "user_
 class UserReader(Generic[UserT]):
     """Reads through `read(user_id) -> features or None`, waiting at most `deadline_seconds`.
 
-    A read that hangs keeps its thread; once all threads hang, further requests degrade at once instead of queueing behind them.
+    Reads run one after the other on one thread (the stores behind Feast are not promised to be thread-safe). A read that outlives
+    its deadline opens the circuit: until it returns, requests get the default user at once instead of queueing behind it.
     """
 
-    def __init__(self, read: Callable[[int], UserT | None], deadline_seconds: float, threads: int = 2) -> None:
+    def __init__(self, read: Callable[[int], UserT | None], deadline_seconds: float) -> None:
         self._read = read
         self._deadline = deadline_seconds
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="features")
-        self._free = threading.Semaphore(threads)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="features")
+        self._lock = threading.Lock()
+        self._stuck: Future[UserT | None] | None = None
 
     def __call__(self, user_id: int) -> tuple[UserT | None, str | None]:
         """The features and None, or None and the reason for the default user."""
-        if not self._free.acquire(blocking=False):
-            return None, LATE
-        future: Future[UserT | None] = self._pool.submit(self._read, user_id)
-        future.add_done_callback(lambda _: self._free.release())
+        with self._lock:
+            if self._stuck is not None and not self._stuck.done():
+                return None, LATE
+            future = self._pool.submit(self._read, user_id)
         try:
             features = future.result(timeout=self._deadline)
         except FutureTimeout:
+            if not future.cancel():  # it runs and cannot be stopped
+                with self._lock:
+                    self._stuck = future
             return None, LATE
         except Exception:
             logger.exception("reading user features failed")

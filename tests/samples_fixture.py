@@ -78,5 +78,5 @@ def tiny_samples(root: Path, seed: int = 0, requests: int = 400, ads: int = 60, 
     start = np.datetime64("2026-01-01")
     info = {"days": [str(start + d) for d in range(days)], "slots": slots, "unexposed": unexposed, "behaviours": behaviours, "data_hash": f"tiny-{seed}"}
     (root / "samples.json").write_text(json.dumps(info))
-    (root / "vocab.json").write_text(json.dumps(vocabulary))
+    (root / "vocab.json").write_text(json.dumps({"version": 1, "tables": vocabulary}))
     return root

@@ -370,7 +370,7 @@ class PaymentNetwork(nn.Module):
 
     def __init__(self, config: NetworkConfig, initial_markup: float = 0.2) -> None:
         super().__init__()
-        self.inputs, self.form, self.slots = config.payment_inputs, config.payment_form, config.slots
+        self.inputs, self.form = config.payment_inputs, config.payment_form
         self.reduce = nn.Linear(config.width, 16)
         extra = 3 if self.inputs == "aware" else 0
         self.mlp = MLP(16 + 1 + (config.slots - 1) + extra, config.head_hidden, 1, zero_last=True)
@@ -378,22 +378,17 @@ class PaymentNetwork(nn.Module):
             # Starts above the truthful price, where revenue is; the regret constraint has to bring it down.
             nn.init.constant_(self.mlp.layers[-1].bias, math.atanh(initial_markup / self.MARKUP_RANGE))
 
-    def forward(self, h_BKD: Tensor, ctr_BK: Tensor, bid_BK: Tensor, critical_BK: Tensor, margin_BK: Tensor, reserve_BK: Tensor) -> Tensor:
-        """Payments per click [B, K] in the units of `bid_BK` (bids over the city's median). Rows without an ad have bid 0."""
-        others = self._others(torch.log1p(bid_BK))
-        columns = [self.reduce(h_BKD), ctr_BK.unsqueeze(-1), others]
-        if self.inputs == "aware":
-            columns.append(torch.stack([torch.log1p(bid_BK), torch.log1p(critical_BK), torch.log1p(margin_BK)], -1))
-        g = self.mlp(torch.cat(columns, -1)).squeeze(-1)
-        price = critical_BK * (1.0 + self.MARKUP_RANGE * torch.tanh(g)) if self.form == "critical" else bid_BK * torch.sigmoid(g)
-        return torch.minimum(torch.maximum(price, reserve_BK), bid_BK)
+    def forward(self, h: Tensor, ctr: Tensor, others: Tensor, bid: Tensor, critical: Tensor, margin: Tensor, reserve: Tensor) -> Tensor:
+        """Payments per click [...] in the units of `bid`; h [..., D], others [..., K-1] bids of the page's other ads in page order.
 
-    @staticmethod
-    def _others(bid_BK: Tensor) -> Tensor:
-        """b_{-i}: for every slot the bids of the other slots in page order, [B, K, K-1]."""
-        slots = bid_BK.shape[-1]
-        index = torch.tensor([[j for j in range(slots) if j != i] for i in range(slots)], device=bid_BK.device, dtype=torch.long)
-        return bid_BK[..., index.reshape(-1)].reshape(*bid_BK.shape, slots - 1)
+        Rows without an ad have bid 0 and pay 0.
+        """
+        columns = [self.reduce(h), ctr.unsqueeze(-1), torch.log1p(others)]
+        if self.inputs == "aware":
+            columns.append(torch.stack([torch.log1p(bid), torch.log1p(critical), torch.log1p(margin)], -1))
+        g = self.mlp(torch.cat(columns, -1)).squeeze(-1)
+        price = critical * (1.0 + self.MARKUP_RANGE * torch.tanh(g)) if self.form == "critical" else bid * torch.sigmoid(g)
+        return torch.minimum(torch.maximum(price, reserve), bid)
 
 
 @dataclass(config=ConfigDict(arbitrary_types_allowed=True))
@@ -478,8 +473,7 @@ class EgaV1(nn.Module):
         return [*parameters, self.unexposed_shift] if stage == "pretrain" else parameters
 
     def enter_stage(self, stage: str) -> list[nn.Parameter]:
-        """Freeze all but the stage's parameters; returns those. Dice statistics move in pre-training and never again, except
-        those of the modules that a later stage trains."""
+        """Freeze all but the stage's parameters; returns those. Dice statistics move in pre-training and never again.""" 
         self.requires_grad_(False)
         parameters = self.stage_parameters(stage)
         for parameter in parameters:

@@ -61,7 +61,9 @@ class Samples:
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         self.info = json.loads((self.folder / "samples.json").read_text())
-        self.vocabulary: dict[str, list[int]] = json.loads((self.folder / "vocab.json").read_text())
+        self.vocabulary_document = json.loads((self.folder / "vocab.json").read_text())
+        """vocab.json as it is; goes into the bundle unchanged."""
+        self.vocabulary: dict[str, list[int]] = self.vocabulary_document["tables"]
         for array in schema.SAMPLE_ARRAYS:
             path = self.folder / f"{array.name}.npy"
             if not path.is_file():
@@ -91,11 +93,17 @@ class Samples:
         return self._cities[key]
 
     @cached_property
-    def mean_exposed_ctr(self) -> float:
-        """Click rate of exposed ads in training: the prior of the heads."""
+    def prior_rates(self) -> tuple[float, float]:
+        """In training: click rate of exposed ads, and rate of "clicked or visited elsewhere" of a city's unexposed ads.
+
+        The second undoes the sampling: every sampled candidate counts 1/pi. Both lie in [1e-5, 0.5].
+        """
         rows = self.split_rows(schema.TRAIN)
-        exposed = np.asarray(self.candidate[rows, : self.slots]) >= 0
-        return float(np.asarray(self.click[rows, : self.slots])[exposed].mean()) if exposed.any() else 0.05
+        candidate, click = np.asarray(self.candidate[rows]), np.asarray(self.click[rows])
+        real, shown = candidate >= 0, np.arange(candidate.shape[1]) < self.slots
+        weight = np.exp(-np.asarray(self.log_inclusion[rows], np.float64)) * (real & ~shown)
+        rates = (click[:, shown][real[:, shown]].mean() if real[:, shown].any() else 0.05, (weight * click).sum() / max(weight.sum(), 1.0))
+        return float(np.clip(rates[0], 1e-5, 0.5)), float(np.clip(rates[1], 1e-5, 0.5))
 
     def inputs(self, requests: np.ndarray, ad_rows: np.ndarray, ad_mask: np.ndarray) -> Batch:
         """Network inputs for `requests` [B] with candidates `ad_rows` [B or 1, N]."""

@@ -80,6 +80,7 @@ class Device:
         if self.name.startswith("cuda"):
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # guards against reading garbage; costs 8 % here
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,7 @@ Shape letters: B requests, N candidates, M sampled candidates, K slots, D width,
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from dataclasses import field as plain_field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from marketplace import schema
+from model.ega_v1.mechanism import Bidding, Pages, Pool, allocate, learned_prices, truthful, try_bids
 from model.ega_v1.network import EgaV1, Evaluator, NetworkConfig, allocation_scores
 from model.evaluation.metrics import auc, deviation, log_loss
 from model.training.data import Samples, TrainingBatch, geo_table, vocabulary_sizes
@@ -67,6 +67,8 @@ class PaymentConfig(LoopConfig):
     """rho, quadratic penalty and step of the multipliers."""
     multiplier: float = Field(2.0, ge=0)
     """lambda at the start, one a slot."""
+    psi_target: float = Field(0.01, gt=0)
+    """Regret over utility at which revenue starts to decide which weights are kept."""
     misreports: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 0.9, 1.1, 1.2, 1.5, 2.0)
     """gamma, bids tried as factors of the value; the regenerated page decides what they win."""
 
@@ -93,7 +95,11 @@ def build_network(config: NetworkConfig, samples: Samples, seed: int) -> EgaV1:
     """A freshly initialised network for a sample folder; equal seeds give equal bytes."""
     torch.manual_seed(seed)
     sizes = vocabulary_sizes(samples.vocabulary)
-    return EgaV1(config, sizes, geo_table(samples.vocabulary, config.embedding, seed), prior_ctr=min(0.5, max(1e-3, samples.mean_exposed_ctr)))
+    shown, elsewhere = samples.prior_rates
+    network = EgaV1(config, sizes, geo_table(samples.vocabulary, config.embedding, seed), prior_ctr=shown)
+    with torch.no_grad():
+        network.unexposed_shift.copy_(torch.logit(torch.tensor(elsewhere)) - torch.logit(torch.tensor(shown)))
+    return network
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,7 +111,7 @@ def pretrain_loss(network: EgaV1, batch: TrainingBatch, config: PretrainConfig) 
 
     An unexposed candidate is in the sample with probability pi_i (if it was not chosen by the user) or 1 (if it was), so
     its sampled log-odds exceed the true ones by -log pi_i; adding that to the logit leaves q calibrated. A learned shift
-    separates "clicked elsewhere" from "clicked when shown", so that q is the probability of a click *when shown*.
+    separates "clicked elsewhere" from "clicked when shown" (it starts at the ratio of the two base rates), so that q is the probability of a click *when shown*.
     """
     h, user = network.encode(batch.inputs)
     total: Tensor = h.new_zeros(())
@@ -161,35 +167,6 @@ def newest(rows: np.ndarray, count: int) -> np.ndarray:
 # Frozen representations for the later stages
 
 
-@dataclass
-class Pool:
-    """What RecFormer says of R requests, computed once: later stages never change it.
-
-    h [R, N, D], user [R, D], click and purchase logits [R, N], bid and reserve over the city's median [R, N], mask [R, N],
-    ad_rows [R, N] rows of the ad table.
-    """
-
-    requests: np.ndarray
-    h: Tensor
-    user: Tensor
-    click: Tensor
-    purchase: Tensor
-    bid: Tensor
-    reserve: Tensor
-    mask: Tensor
-    ad_rows: np.ndarray
-    unit: np.ndarray
-    extra: dict[str, Tensor] = plain_field(default_factory=dict)
-
-    def take(self, index: np.ndarray) -> Pool:
-        """The same for some requests, by position."""
-        i = torch.from_numpy(np.asarray(index))
-        return Pool(
-            self.requests[index], self.h[i], self.user[i], self.click[i], self.purchase[i], self.bid[i], self.reserve[i], self.mask[i],
-            self.ad_rows[index], self.unit[index], {name: value[i] for name, value in self.extra.items()},
-        )
-
-
 @torch.no_grad()
 def encode_city(network: EgaV1, samples: Samples, rows: np.ndarray, candidates: int, seed: int, batch: int = 32) -> Pool:
     """The whole active city as candidates, as in serving; beyond `candidates` half are kept by q*b and half at random.
@@ -238,7 +215,7 @@ def _thin(score: np.ndarray, keep: int, draw: np.random.Generator) -> np.ndarray
     """Column indices [B, min(keep, N)], ascending: the better half by score, the rest at random."""
     batch, total = score.shape
     if total <= keep:
-        return np.broadcast_to(np.arange(total), (batch, total))
+        return np.tile(np.arange(total), (batch, 1))
     key = draw.random((batch, total))
     best = np.argpartition(-score, keep // 2, axis=1)[:, : keep // 2]
     np.put_along_axis(key, best, -1.0, axis=1)
@@ -430,3 +407,77 @@ def policy_metrics(network: EgaV1, pool: Pool, batch: int = 256) -> dict[str, fl
                 totals[key] = totals.get(key, 0.0) + float(page_values(network, part, page, evaluator).sum())
     metrics = {name: value / len(pool.requests) for name, value in totals.items()}
     return {"score": metrics["generator_evaluation"], **metrics}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 4
+
+
+def misreports(pages: Pages, factors: tuple[float, ...]) -> np.ndarray:
+    """Trial bids [B, K, G+K]: factors of the value, and just above the threshold of every slot, where shading ends."""
+    scaled = pages.bid[:, :, None] * np.asarray(factors)
+    edge = np.maximum(np.where(np.isfinite(pages.theta), pages.theta, 0.0), pages.reserve[:, :, None]) * (1 + 1e-6)
+    return np.concatenate([scaled, np.where(edge > 0, edge, pages.bid[:, :, None])], 2)
+
+
+def regret_of(price: Tensor, trial_price: Tensor, truth: Bidding, trials: Bidding) -> tuple[Tensor, Tensor]:
+    """Truthful utility and ex-post regret [B, K] of displayed ads whose value is their bid, page regenerated.
+
+    price [B, K, 1], trial_price [B, K, T]; units: median bids per request.
+    """
+    value = torch.from_numpy(truth.bid).float()
+    utility = ((value - price) * torch.from_numpy(truth.ctr).float())[..., 0]
+    other = (value - trial_price) * torch.from_numpy(trials.ctr).float()
+    return utility, torch.relu(other.max(-1).values - utility)
+
+
+def train_payment(network: EgaV1, samples: Samples, config: PaymentConfig, folder: Path, device: Device, fingerprint: dict[str, Any]) -> StageResult:
+    """Stage 4 (Eq. 24): revenue minus lambda*rgt minus rho/2*rgt^2 with the page regenerated under every misreport.
+
+    Amounts are divided by the batch's mean bid-weighted clicks a page, so rho and lambda mean the same in every market.
+    """
+    parameters = network.enter_stage("payment")
+    pool = encode_city(network, samples, newest(samples.split_rows(schema.TRAIN), config.requests), config.candidates, config.seed)
+    check = encode_city(network, samples, newest(samples.split_rows(schema.VALIDATION), config.validation_requests), config.candidates, config.seed + 1)
+    multipliers = torch.full((network.config.slots,), config.multiplier)
+
+    def step(chosen: np.ndarray, noise: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        batch = pool.take(chosen)
+        pages = allocate(network, batch)
+        truth, trials = truthful(batch, pages), try_bids(batch, pages, misreports(pages, config.misreports))
+        price = learned_prices(network, batch, pages, truth)
+        _, regret = regret_of(price, learned_prices(network, batch, pages, trials), truth, trials)
+        clicks = torch.from_numpy(pages.ctr).float()
+        scale = float((clicks * torch.from_numpy(pages.bid).float()).sum(1).mean())
+        revenue = (price[..., 0] * clicks).sum(1).mean() / scale
+        per_slot = regret.mean(0) * network.config.slots / scale
+        loss = -(revenue - (multipliers.clone() * per_slot).sum() / network.config.slots - config.rho / 2 * per_slot.square().mean())
+        multipliers.add_(config.rho * per_slot.detach())
+        return loss, {"revenue": float(revenue.detach()), "regret": float(per_slot.detach().mean())}
+
+    def validate() -> dict[str, float]:
+        return payment_metrics(network, check, config)
+
+    return run_stage(
+        "payment", network, parameters, config, np.arange(len(pool.requests)), step, validate, folder, {**fingerprint, "config": asdict(config)}, device,
+        extra_state={"multipliers": multipliers},
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def payment_metrics(network: EgaV1, pool: Pool, config: PaymentConfig, batch: int = 64) -> dict[str, float]:
+    """Revenue over truthful revenue, and regret over utility (winners, the trials of training) of the payment network.
+
+    `score` is -psi/target until psi meets its target, then the revenue share: first honest, then profitable.
+    """
+    sums = np.zeros(4)
+    for start in range(0, len(pool.requests), batch):
+        part = pool.take(np.arange(start, min(start + batch, len(pool.requests))))
+        pages = allocate(network, part)
+        truth, trials = truthful(part, pages), try_bids(part, pages, misreports(pages, config.misreports))
+        price = learned_prices(network, part, pages, truth)
+        utility, regret = regret_of(price, learned_prices(network, part, pages, trials), truth, trials)
+        sums += [float((price[..., 0].numpy() * pages.ctr).sum()), float((pages.critical * pages.ctr).sum()), float(regret.sum()), float(utility.sum())]
+    revenue_share = sums[0] / sums[1] if sums[1] > 0 else float("nan")
+    psi = sums[2] / sums[3] if sums[3] > 0 else float("nan")
+    return {"score": revenue_share if psi <= config.psi_target else -psi / config.psi_target, "revenue_share": revenue_share, "psi": psi}

@@ -56,8 +56,12 @@ def numbers(*coarse, low, high):
     return st.one_of(st.sampled_from(coarse), st.floats(low, high, width=32))
 
 
+SIGNED = numbers(0.0, 0.25, low=-1.0, high=1.0)
+POSITIVE = numbers(0.0, 0.25, low=0.0, high=1.0)
+
+
 @st.composite
-def markets(draw, affinities=numbers(0.0, 0.25, low=-1.0, high=1.0)):
+def markets(draw, affinities=SIGNED):
     n, k = draw(st.integers(1, 8)), draw(st.integers(1, 4))
 
     def array(elements, *shape):
@@ -135,7 +139,7 @@ def test_raising_the_own_bid_never_worsens_the_slot_nor_moves_the_price_within_i
 
 
 @LAW
-@given(markets(affinities=numbers(0.0, 0.25, low=0.0, high=1.0)), st.sampled_from([0.01, 1 / 3, 7.0, 1e4]))
+@given(markets(affinities=POSITIVE), st.sampled_from([0.01, 1 / 3, 7.0, 1e4]))
 def test_scaling_all_money_scales_the_prices(market, factor):
     """Bids are normalised by their median in the score, so the weight falls as the money grows."""
     scaled = replace(market, bids=market.bids * factor, reserve=market.reserve * factor, slopes=np.asarray(market.slopes) / factor)

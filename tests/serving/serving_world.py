@@ -70,6 +70,64 @@ def tiny_bundle(folder: Path, seed: int = 0, vocabulary: dict | None = None, key
 
     torch.manual_seed(seed)
     config = NetworkConfig(width=16, embedding=4, blocks=1, auction_blocks=1, fusion_after=(1,), clusters=4, heads=2, feed_forward=1, head_hidden=(8,))
-    tables = vocabulary or {name: list(range(5)) for name in ("ad", "poi", "advertiser", "category", "geo", "creative")}
-    sizes = VocabularySizes(**{name: len(ids) + 2 for name, ids in tables.items()})
-    return write_bundle(folder, EgaV1(config, sizes), tables, {}, {"test": True}, key)
+    vocabulary = vocabulary or {"version": 1, "tables": {name: list(range(5)) for name in ("ad", "poi", "advertiser", "category", "geo", "creative")}}
+    sizes = VocabularySizes(**{name: len(ids) + 2 for name, ids in vocabulary["tables"].items()})
+    return write_bundle(folder, EgaV1(config, sizes), vocabulary, {}, {"test": True}, key)
+
+
+def write_logs(root: Path, users: int = 30, seed: int = 2) -> None:
+    """A day of tiny logs over `catalogue()`: profiles and visits of users 1 up, one request each, no impressions but the first ad."""
+    from marketplace.logs import write_manifest, write_table
+
+    rng = np.random.default_rng(seed)
+    ads = catalogue().drop(columns=["impressions", "clicks"])
+    day = pd.Timestamp("2026-05-31", tz="UTC").as_unit("us")
+    ids = np.arange(1, users + 1)
+    visits = pd.DataFrame({"user_id": np.repeat(ids, 8), "poi_row": rng.integers(0, len(ads), 8 * users)})
+    place = ads.iloc[visits["poi_row"]].reset_index(drop=True)
+    frames = {
+        "ads": ads.assign(event_timestamp=day),
+        "users": pd.DataFrame({
+            "event_timestamp": day, "user_id": ids, "city_id": ids % 2, "age_band": 3, "gender": 1, "home_latitude": 40.01, "home_longitude": -74.02,
+        }),
+        "behaviours": pd.DataFrame({
+            "behaviour_id": np.arange(1, len(visits) + 1), "event_timestamp": day + pd.to_timedelta(np.arange(len(visits)), unit="s"),
+            "user_id": visits["user_id"], "session_id": 0, "poi_id": place["poi_id"], "category_id": place["category_id"], "action": 1,
+            "latitude": place["latitude"], "longitude": place["longitude"],
+        }),
+        "requests": pd.DataFrame({
+            "request_id": ids, "event_timestamp": day + pd.Timedelta(hours=12), "user_id": ids, "session_id": 0, "city_id": ids % 2, "latitude": 40.0,
+            "longitude": -74.0, "utc_offset_minutes": 0, "slots": 5, "arm": "none", "model_version": "bootstrap-1",
+        }),
+        "impressions": pd.DataFrame({
+            "request_id": ids, "slot": 1, "event_timestamp": day + pd.Timedelta(hours=12), "user_id": ids, "ad_id": 1000 + ids % 2, "creative_id": 5000 + ids % 2,
+            "bid": 1.0, "payment": 0.5, "pctr": 0.05, "propensity": 1.0, "click": 0, "click_timestamp": pd.Series(pd.NaT, index=range(users), dtype="datetime64[us, UTC]"),
+            "purchase": 0, "order_value": 0.0,
+        }),
+    }  # fmt: skip
+    for table, frame in frames.items():
+        write_table(root, table, frame)
+    write_manifest(root)
+
+
+def served_home(ega_home: Path) -> Path:
+    """A home with a built feature store and an approved tiny model, signed with the key in `ega_home`; returns the home."""
+    from features.build import build_features
+    from features.encoding import Vocabulary
+    from marketplace.schema import geo_cell
+    from model.bundle import signing_key
+    from serving.store import approve_bundle, write_gate_record
+
+    home, logs = ega_home / "tiny", ega_home / "logs"
+    write_logs(logs)
+    build_features(logs, home, behaviours=16)
+    ads = catalogue()
+    ids = {"ad": ads["ad_id"], "poi": ads["poi_id"], "advertiser": ads["advertiser_id"], "category": ads["category_id"], "creative": ads["creative_id"]}
+    tables = {name: [column.to_numpy()] for name, column in ids.items()} | {"geo": [geo_cell(ads["latitude"].to_numpy(), ads["longitude"].to_numpy())]}
+    key = signing_key(ega_home, create=True)
+    bundle, record = ega_home / "bundle", ega_home / "gate.json"
+    tiny_bundle(bundle, vocabulary=Vocabulary.learn(tables).to_dict(), key=key)
+    gates = {"ic": {"approved": True, "reason": "test"}, "revenue": {"approved": True, "reason": "test"}}
+    write_gate_record(record, bundle, gates, key)
+    approve_bundle(bundle, record, home, key)
+    return home

@@ -88,8 +88,9 @@ def test_a_good_request_passes_untouched() -> None:
     assert run(lambda: call(Gate(echo, config(), token=""), {}, method="GET"))[0] == 200
 
 
-def test_the_token_guards_everything_but_the_probes() -> None:
-    gate = Gate(echo, config(), token="sesame")
+def test_the_token_guards_everything_but_the_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EGA_SERVING_TOKEN", "sesame")
+    gate = Gate(echo, config())
     good = JSON | {"content-length": "2", "authorization": "Bearer sesame"}
     assert run(lambda: call(gate, good))[0] == 200
     for headers in (JSON | {"content-length": "2"}, good | {"authorization": "Bearer sesam"}, good | {"authorization": "sesame"}):
@@ -139,6 +140,19 @@ def test_bodies_in_memory_have_a_budget() -> None:
         return over[0], (await call(gate, JSON | {"content-length": "90"}, parts=[b"{}"]))[0]
 
     assert run(work) == (429, 200)
+
+
+def test_a_client_that_hung_up_is_no_error() -> None:
+    async def closed(message: Any) -> None:
+        raise RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed")
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"{}", "more_body": False}
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/rank", "headers": [(b"content-type", b"application/json"), (b"content-length", b"2")]}
+    gate = Gate(echo, config(), token="")
+    run(lambda: gate(scope, receive, closed))
+    assert gate._admitted == 0
 
 
 def test_a_slot_is_free_again_after_a_failing_app() -> None:

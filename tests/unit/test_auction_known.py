@@ -188,7 +188,7 @@ def test_gsp_shading_pays_with_close_slots():
     regret = auction.exact_regret(clicks_rule([200, 199], gsp), values, values)
     assert regret.utility[0] == pytest.approx(1200)
     assert regret.best_utility[0] == pytest.approx(1592)
-    assert 2.0 < regret.best_bid[0] < 4.0
+    assert 2.0 - 1e-8 < regret.best_bid[0] < 4.0  # just under 2 is still a tie, which row 0 wins
     assert regret.explain().startswith("ad in row 0 (shown in slot 0) gains 392")
 
 

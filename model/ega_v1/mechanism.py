@@ -1,0 +1,225 @@
+"""From frozen representations to a priced page: allocation, thresholds, page CTRs and payments of a batch of requests.
+
+Training (stage 4), replay and serving all price through this module. Money is in units of the city's median bid.
+Shape letters: B requests, N candidates, K slots, D width. `moved[b, i, l]` is the page on which the ad of slot i sits in
+slot l because it bid differently; thresholds theta[b, i, l] say from which bid on (auction.critical).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from auction import batch as auctions
+from model.ega_v1.network import EgaV1, Evaluator
+
+PriceMode = Literal["critical", "learned", "gsp", "first_price"]
+PRICE_MODES: tuple[PriceMode, ...] = ("critical", "learned", "gsp", "first_price")
+
+
+@dataclass
+class Pool:
+    """What RecFormer says of R requests, computed once: later stages never change it.
+
+    h [R, N, D], user [R, D], click and purchase logits [R, N], bid and reserve [R, N], mask [R, N], ad_rows [R, N] rows of
+    the ad table (-1 padding), unit [R] the median bid in currency.
+    """
+
+    requests: np.ndarray
+    h: Tensor
+    user: Tensor
+    click: Tensor
+    purchase: Tensor
+    bid: Tensor
+    reserve: Tensor
+    mask: Tensor
+    ad_rows: np.ndarray
+    unit: np.ndarray
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    """Further tensors a stage keeps per request; `take` selects them too."""
+
+    def take(self, index: np.ndarray) -> Pool:
+        """The same for some requests, by position."""
+        i = torch.from_numpy(np.asarray(index))
+        return Pool(
+            self.requests[index], self.h[i], self.user[i], self.click[i], self.purchase[i], self.bid[i], self.reserve[i], self.mask[i],
+            self.ad_rows[index], self.unit[index], {name: value[i] for name, value in self.extra.items()},
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Pages of B requests with everything their prices rest on; float64, padding 0 (thresholds inf)."""
+
+    pages: np.ndarray
+    """[B, K] candidate positions, -1 where no ad is left."""
+    moved: np.ndarray
+    """[B, K, K, K] counterfactual pages."""
+    theta: np.ndarray
+    """[B, K, K] critical bids, non-increasing in the slot."""
+    ctr: np.ndarray
+    """[B, K] evaluator's pCTR on the page."""
+    ctr_moved: np.ndarray
+    """[B, K, K] pCTR of the ad of slot i when it sits in slot l of `moved`."""
+    set_ctr: np.ndarray
+    """[B, K] set-aware pCTR."""
+    bid: np.ndarray
+    """[B, K]."""
+    reserve: np.ndarray
+    """[B, K]."""
+    critical: np.ndarray
+    """[B, K] truthful price per click."""
+    critical_at: np.ndarray
+    """[B, K, K] truthful price of the ad of slot i were it in slot l."""
+    repaired: np.ndarray
+    """[B, K] true where a non-monotone CTR had to be repaired (auction.critical)."""
+    gsp: np.ndarray
+    """[B, K] generalised second price under the set-aware pCTR."""
+
+
+@torch.no_grad()
+def allocate(network: EgaV1, pool: Pool, learned: bool = True, evaluator: Evaluator | None = None, tie_key: np.ndarray | None = None) -> Pages:
+    """Greedy pages with their thresholds and truthful prices. `learned=False` ranks by q*b (A = M = 0)."""
+    q = torch.sigmoid(pool.click).double().numpy()
+    bids, reserves = pool.bid.double().numpy(), pool.reserve.double().numpy()
+    slots = network.config.slots
+    if learned:
+        affinity_BNK, slopes_BNK = (x.double().numpy() for x in network.generator(pool.h, pool.mask, pool.user))
+    else:
+        affinity_BNK, slopes_BNK = np.zeros((*q.shape, slots)), np.ones((*q.shape, slots))
+    eligible = pool.mask.numpy() & (bids >= reserves) & (bids > 0)
+    found = auctions.counterfactuals(q, bids, affinity_BNK, slopes_BNK, slots, eligible, tie_key)
+    return price_pages(network, pool, found, q, bids, reserves, eligible, evaluator or network.evaluator)
+
+
+def price_pages(
+    network: EgaV1, pool: Pool, found: auctions.Counterfactuals, q: np.ndarray, bids: np.ndarray, reserves: np.ndarray, eligible: np.ndarray,
+    evaluator: Evaluator,
+) -> Pages:  # fmt: skip
+    """CTRs of the pages and their counterfactuals under `evaluator`, and the prices that follow."""
+    batch, slots = found.pages.shape
+    every = np.concatenate([found.pages[:, None], found.moved.reshape(batch, slots * slots, slots)], 1)
+    logit, _ = network.page_logits(pool.h, pool.user, pool.click, pool.purchase, torch.from_numpy(every), evaluator)
+    ctr_all = torch.sigmoid(logit).double().numpy() * (every >= 0)
+    moved = ctr_all[:, 1:].reshape(batch, slots, slots, slots)
+    ctr_moved = np.einsum("bill->bil", moved)
+    shown = found.pages >= 0
+    at = {name: auctions.at_page(values, found.pages) for name, values in (("bid", bids), ("reserve", reserves), ("q", q))}
+    # With b = infinity in slot l the price is what the step function gives there: evaluate it for every slot at once.
+    critical, repaired = auctions.critical_prices(found.theta, ctr_moved, found.pages, at["bid"], at["reserve"])
+    critical_at = step_prices_everywhere(found.theta, ctr_moved, at["reserve"]) * shown[:, :, None]
+    runner_up = auctions.runner_up_scores(q, bids, found.pages, eligible)
+    gsp = auctions.gsp_prices(at["q"], at["bid"], runner_up, at["reserve"]) * shown
+    return Pages(
+        found.pages, found.moved, found.theta, ctr_all[:, 0], ctr_moved, at["q"], at["bid"], at["reserve"], critical, critical_at, repaired, gsp
+    )
+
+
+def step_prices_everywhere(theta: np.ndarray, ctr: np.ndarray, reserve: np.ndarray) -> np.ndarray:
+    """Truthful price per click [B, K, K] of every ad in every slot it can reach (Myerson's identity, AUCTION.md).
+
+    p_l = (1/x_l) sum over reachable j >= l of max(theta_j, reserve) (x_j - x_{next}); the CTRs are made non-increasing in
+    the slot first (monotone hull). A slot with an empty interval of bids carries no weight. inf where never reached.
+    """
+    slots = theta.shape[-1]
+    level = np.maximum(theta, reserve[..., None])
+    result = np.full(theta.shape, np.inf)
+    spent = np.zeros(theta.shape[:-1])
+    below = np.zeros(theta.shape[:-1])
+    for slot in range(slots - 1, -1, -1):
+        upper = np.full(theta.shape[:-1], np.inf) if slot == 0 else theta[..., slot - 1]
+        reachable = np.isfinite(level[..., slot]) & (level[..., slot] < upper)
+        x = np.maximum(ctr[..., slot], below)
+        spent = np.where(reachable, spent + np.where(reachable, level[..., slot], 0.0) * (x - below), spent)
+        below = np.where(reachable, x, below)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            result[..., slot] = np.where(reachable & (x > 0), spent / x, np.inf)
+    return result
+
+
+def others_bids(page_bids: np.ndarray, slot: np.ndarray) -> np.ndarray:
+    """b_{-i}: page bids [..., K] without the entry at `slot` [...], in page order, [..., K-1]."""
+    index = np.arange(page_bids.shape[-1] - 1)
+    return np.take_along_axis(page_bids, index + (index >= slot[..., None]), -1)
+
+
+def page_states(pool: Pool, pages: np.ndarray) -> Tensor:
+    """h of the ads on pages [B, K]; zero rows where a slot is empty."""
+    index = torch.from_numpy(np.maximum(pages, 0))
+    h = torch.gather(pool.h, 1, index.unsqueeze(-1).expand(-1, -1, pool.h.shape[-1]))
+    return h * torch.from_numpy(pages >= 0).unsqueeze(-1)
+
+
+@dataclass(frozen=True)
+class Bidding:
+    """What every displayed ad would get for other bids of its own, the page regenerated: [B, K, T] over T trial bids."""
+
+    bid: np.ndarray
+    slot: np.ndarray
+    """Slot won, -1 none."""
+    ctr: np.ndarray
+    """pCTR there, 0 if none."""
+    critical: np.ndarray
+    """Truthful price there."""
+    margin: np.ndarray
+    """Bid beyond the threshold of the slot won."""
+    others: np.ndarray
+    """[B, K, T, K-1] bids of the other ads on that page."""
+
+
+def try_bids(pool: Pool, pages: Pages, trial_BKT: np.ndarray) -> Bidding:
+    """Outcome of trial bids of the displayed ads, from thresholds and counterfactual pages alone (no re-run needed)."""
+    slots = pages.pages.shape[1]
+    shown = (pages.pages >= 0)[:, :, None]
+    wins = (pages.theta[:, :, None, :] < trial_BKT[..., None]) & shown[..., None]
+    enough = wins.any(-1) & (trial_BKT >= pages.reserve[:, :, None]) & (trial_BKT > 0)
+    slot = np.where(enough, wins.argmax(-1), -1)
+    at = np.maximum(slot, 0)
+    won = slot >= 0
+
+    def pick(values: np.ndarray) -> np.ndarray:
+        return np.where(won, np.take_along_axis(values, at, 2), 0.0)
+
+    theta = np.maximum(pick(np.where(np.isfinite(pages.theta), pages.theta, 0.0)), 0.0)
+    bids = pool.bid.double().numpy()
+    flat = np.maximum(pages.moved, 0).reshape(len(bids), -1)
+    moved_bids = np.take_along_axis(bids, flat, 1).reshape(pages.moved.shape) * (pages.moved >= 0)
+    page_bids = np.take_along_axis(moved_bids, np.broadcast_to(at[..., None], (*at.shape, slots)), 2)
+    others = others_bids(page_bids, at) * won[..., None]
+    critical = np.where(np.isfinite(pages.critical_at), pages.critical_at, 0.0)
+    return Bidding(trial_BKT, slot, pick(pages.ctr_moved), np.minimum(pick(critical), trial_BKT), np.where(won, trial_BKT - theta, 0.0), others)
+
+
+def truthful(pool: Pool, pages: Pages) -> Bidding:
+    """`try_bids` at the bids as they are, T = 1."""
+    return try_bids(pool, pages, pages.bid[:, :, None])
+
+
+def learned_prices(network: EgaV1, pool: Pool, pages: Pages, bidding: Bidding) -> Tensor:
+    """Payment network on trial bids, [B, K, T]; differentiable in the network's weights."""
+    trials = bidding.bid.shape[2]
+    h = page_states(pool, pages.pages).unsqueeze(2).expand(-1, -1, trials, -1)
+    ctr, others, bid, critical, margin = (torch.from_numpy(x).float() for x in (bidding.ctr, bidding.others, bidding.bid, bidding.critical, bidding.margin))
+    reserve = torch.from_numpy(pages.reserve).float().unsqueeze(2).expand_as(bid)
+    return network.payment(h, ctr, others, bid, critical, margin, reserve)
+
+
+@torch.no_grad()
+def prices(network: EgaV1, pool: Pool, pages: Pages, mode: PriceMode) -> np.ndarray:
+    """Price per click of every displayed ad, [B, K], in [0, bid]; 0 in empty slots."""
+    if mode == "critical":
+        value = pages.critical
+    elif mode == "gsp":
+        value = pages.gsp
+    elif mode == "first_price":
+        value = pages.bid
+    elif mode == "learned":
+        value = learned_prices(network, pool, pages, truthful(pool, pages))[..., 0].double().numpy()
+        value = np.clip(value, np.minimum(pages.reserve, pages.bid), pages.bid)  # float32 rounding must not exceed the bid
+    else:
+        raise ValueError(f"price mode {mode!r} is unknown; use one of {', '.join(PRICE_MODES)}")
+    return np.where(pages.pages >= 0, value, 0.0)

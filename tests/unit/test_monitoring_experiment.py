@@ -1,0 +1,162 @@
+"""The A/B driver against a tiny real HTTP server: retries, order per user, exact accounting, and giving up."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections import defaultdict
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from marketplace.schema import REQUESTS
+from monitoring import experiment
+from monitoring.experiment import ExperimentError, run_experiment
+
+START = pd.Timestamp("2026-03-01 12:00:00.123456", tz="UTC")
+
+
+class World:
+    """60 requests of 9 users; the first ad of every page is clicked, and bought from on even requests."""
+
+    def live_requests(self) -> pd.DataFrame:
+        count = 60
+        rows = dict.fromkeys(REQUESTS.names, 0)
+        frame = pd.DataFrame(rows, index=range(count)).assign(
+            request_id=np.arange(count) + 1, user_id=np.arange(count) % 9, event_timestamp=START + pd.to_timedelta(np.arange(count), unit="m"), slots=3, arm="none", model_version="none"
+        )
+        return frame.sample(frac=1.0, random_state=1).reset_index(drop=True)
+
+    def respond(self, row, page_ad_ids):
+        first = np.arange(len(page_ad_ids)) == 0
+        bought = first & (row.request_id % 2 == 0)
+        return SimpleNamespace(
+            click=first,
+            click_delay_seconds=np.where(first, 5.0, np.nan),
+            purchase=bought,
+            purchase_delay_seconds=np.where(bought, 60.0, np.nan),
+            order_value=np.where(bought, 12.5, 0.0),
+        )
+
+
+class Service:
+    """Answers like the ranking service; `faults` maps a call number (1, 2, ...) to a status, or 'drop' to cut the connection."""
+
+    def __init__(self, faults=None, always=None):
+        self.calls, self.asked, self.events, self.headers = 0, defaultdict(list), {}, []
+        lock, faults = threading.Lock(), faults or {}
+        service = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            wbufsize = -1  # header and body in one packet: else every answer waits for a delayed ACK
+
+            def do_POST(self):  # noqa: N802 - the base class wants this name
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    service.calls += 1
+                    fault = always or faults.get(service.calls)
+                    service.headers.append(self.headers.get("Authorization"))
+                    if fault == "drop":
+                        self.close_connection = True
+                        self.connection.shutdown(socket.SHUT_RDWR)
+                        return
+                    status, answer = (fault, {"error": "busy"}) if fault else (200, service.answer(self.path, body))
+                payload = json.dumps(answer).encode()
+                self.send_response(status)
+                if status in (429, 503):
+                    self.send_header("Retry-After", "0")
+                self.send_header("Content-Length", str(len(payload)))
+                self.end_headers()
+                self.wfile.write(payload)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def answer(self, path, body):
+        if path == "/v1/events":
+            for event in body["events"]:
+                self.events[(event["type"], event["request_id"], event["slot"])] = event
+            return {"accepted": len(body["events"]), "duplicates": 0, "rejected": []}
+        self.asked[body["user_id"]].append(body["timestamp"])
+        ads = [{"slot": s, "ad_id": 100 + s, "creative_id": 1, "price": 0.5, "pctr": 0.1, "bid": 1.0} for s in (1, 2, 3)]
+        return {"request_id": body["request_id"], "model_version": "v", "arm": "ega" if body["user_id"] % 2 else "control", "city_id": 0, "ads": ads, "degraded": []}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def test_all_requests_are_sent_once_in_order_and_accounted_for(tmp_path):
+    with Service() as service:
+        summary = run_experiment(World(), service.url, tmp_path, workers=3, progress=False, token="secret")  # noqa: S106
+    assert (summary.requests, summary.answered, summary.errors, summary.retries) == (60, 60, 0, 0)
+    assert (summary.impressions, summary.clicks, summary.purchases, summary.events_failed) == (180, 60, 30, 0)
+    assert all(times == sorted(times) for times in service.asked.values())
+    assert set(service.headers) == {"Bearer secret"}
+    click, purchase = service.events[("click", 2, 1)], service.events[("purchase", 2, 1)]
+    assert pd.Timestamp(click["timestamp"]) == START + pd.Timedelta(65, "s")
+    assert pd.Timestamp(purchase["timestamp"]) - pd.Timestamp(click["timestamp"]) == pd.Timedelta(60, "s")
+    assert purchase["order_value"] == 12.5
+    responses = pd.read_parquet(tmp_path / "responses.parquet")
+    assert len(responses) == 60
+    assert (responses["response_ms"] > 0).all()
+    stored = json.loads((tmp_path / "experiment.json").read_text())
+    assert stored["arms"]["control"]["answered"] + stored["arms"]["ega"]["answered"] == 60
+
+
+def test_busy_answers_and_cut_connections_are_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "LONGEST_WAIT_SECONDS", 0.01)
+    with Service(faults={2: 429, 3: 503, 7: "drop", 20: 429, 21: 429}) as service:
+        summary = run_experiment(World(), service.url, tmp_path, workers=2, progress=False)
+    assert (summary.answered, summary.errors) == (60, 0)
+    assert summary.retries >= 5
+    assert (summary.clicks, summary.purchases) == (60, 30)
+
+
+def test_a_refused_request_is_counted_and_the_rest_goes_on(tmp_path):
+    with Service(faults={5: 400}) as service:
+        summary = run_experiment(World(), service.url, tmp_path, workers=1, progress=False)
+    assert summary.errors + summary.events_failed == 1
+    assert "HTTP 400" in summary.messages[0]
+
+
+def test_a_service_that_refuses_everything_stops_the_experiment_early(tmp_path):
+    with Service(always=422) as service:
+        with pytest.raises(ExperimentError, match="HTTP 422"):
+            run_experiment(World(), service.url, tmp_path, workers=2, progress=False)
+        assert service.calls <= 2 * experiment.GIVE_UP_ERRORS
+
+
+def test_no_service_at_all_is_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "LONGEST_WAIT_SECONDS", 0.0)
+    with pytest.raises(ExperimentError, match="requests to http://127.0.0.1:9 failed"):
+        run_experiment(World(), "http://127.0.0.1:9", tmp_path, workers=2, progress=False)
+
+
+def test_waits_follow_retry_after_and_never_exceed_the_cap():
+    assert experiment._wait_seconds("2", 0) == 2.0
+    assert experiment._wait_seconds("3600", 0) == experiment.LONGEST_WAIT_SECONDS
+    assert experiment._wait_seconds("-1", 0) == 0.0
+    assert experiment._wait_seconds("nan", 0) == experiment.LONGEST_WAIT_SECONDS
+    assert experiment._wait_seconds("Wed, 21 Oct 2026 07:28:00 GMT", 1) == pytest.approx(0.1)
+
+
+def test_a_limit_keeps_whole_users():
+    requests = World().live_requests()
+    kept = experiment.draw_users(requests, 30, seed=3)
+    assert 0 < len(kept) <= 30
+    whole = requests["user_id"].value_counts()
+    assert all(whole[user] == count for user, count in kept["user_id"].value_counts().items())
+    assert experiment.draw_users(requests, None, seed=3) is requests
