@@ -31,5 +31,5 @@ def check_prices(page: Any, price: Any, paced_bid: Any, bid: Any, reserve: Any, 
         wrong = ~(before <= now)
         if wrong.any():
             slot = int(np.argmax(wrong))
-            raise AuctionInvariantError(f"slot {slot}, row {int(rows[slot])}: {before_name} {before[slot]!r} is above {name} {now[slot]!r}")
+            raise AuctionInvariantError(f"slot {slot}, row {int(rows[slot])}: {before_name} {float(before[slot])!r} is above {name} {float(now[slot])!r}")
         before_name, before = name, now

@@ -73,16 +73,14 @@ def write_table(root: Path, table: str, frame: pd.DataFrame) -> None:
     if not isinstance(time.dtype, pd.DatetimeTZDtype):
         raise LogError(f"table {table}: column {schema.time!r} must be a UTC timestamp with time zone, got {time.dtype}")
     frame = frame.sort_values([schema.time, *[name for name in schema.key if name != schema.time]], kind="stable")
-    if frame[schema.time].isna().any():
-        raise LogError(f"table {table}: column {schema.time!r} has {int(frame[schema.time].isna().sum())} nulls; every row needs its time")
-    days = frame[schema.time].dt.tz_convert("UTC").dt.tz_localize(None).to_numpy().astype("datetime64[D]")
+    for column in schema.columns:
+        if not column.nullable and frame[column.name].isna().any():
+            raise LogError(f"table {table}: column {column.name!r} has {int(frame[column.name].isna().sum())} nulls; it must have a value in every row")
     try:
         arrow = pa.Table.from_pandas(frame[schema.names], schema=schema.arrow, preserve_index=False).replace_schema_metadata(None)
-        for column in schema.columns:
-            if not column.nullable and arrow[column.name].null_count:
-                raise LogError(f"table {table}: column {column.name!r} has {arrow[column.name].null_count} nulls; it must have a value in every row")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise LogError(f"table {table}: a column does not fit the schema: {error}") from error
+    days = frame[schema.time].dt.tz_convert("UTC").dt.tz_localize(None).to_numpy().astype("datetime64[D]")
     starts = np.flatnonzero(np.concatenate([[True], days[1:] != days[:-1]])) if len(days) else np.empty(0, np.int64)
     for start, stop in zip(starts, [*starts[1:], len(days)], strict=True):
         write_parquet(Path(root) / table / f"{_PARTITION}{days[start]}" / "part-0.parquet", arrow.slice(start, stop - start))

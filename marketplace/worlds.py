@@ -9,6 +9,8 @@ Shapes: R requests, N ads asked about, A ads of a city, K slots, S substitutes.
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import field
 from datetime import date
@@ -200,7 +202,7 @@ class World:
 
     def _page_truth(self, rows: np.ndarray, ads: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         p, c = np.zeros(ads.shape), np.ones(ads.shape)
-        step = max(1, _CELLS_AT_ONCE // (ads.shape[1] * (1 + self._weight_AS.shape[1])))
+        step = max(1, _CELLS_AT_ONCE // (max(1, ads.shape[1]) * (1 + self._weight_AS.shape[1])))
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
             shown = ads[part] >= 0
@@ -308,9 +310,11 @@ class World:
         the organic visits up to the last log day (history too) and the clicks and orders on ads.
         Args: progress, a bar over days on stderr. Returns the manifest's `extra`: rows, days, CTR, bid level.
         """
-        out = Path(out)
-        if any((out / table).exists() for table in ("requests", "impressions")):
-            raise FileExistsError(f"{out} already holds logs; give a new folder or delete it")
+        final = Path(out)
+        if final.exists() and any(final.iterdir()):
+            raise FileExistsError(f"{final} is not empty; logs are written into a new folder: give another one or delete it")
+        out = final.with_name(f".{final.name}.part")  # renamed when complete, so that a killed run leaves no half folder
+        shutil.rmtree(out, ignore_errors=True)
         logged = np.flatnonzero(self._request["day_row"] < len(self.state.log_days))
         counts = np.zeros((2, len(self._ad["ad_id"])))
         clicked_parts = []
@@ -345,6 +349,7 @@ class World:
             "policy": BootstrapPolicy.version,
         }
         write_manifest(out, extra)
+        os.replace(out, final)
         return extra
 
     def ad_table(self, day: date | None = None) -> pd.DataFrame:

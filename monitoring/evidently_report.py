@@ -41,7 +41,7 @@ class VerdictShown(SingleValueMetric):
 class VerdictShownCalculation(SingleValueCalculation[VerdictShown]):
     def calculate(self, context: Any, current_data: Dataset, reference_data: Dataset | None) -> Any:
         result = self.result(len(_users(current_data)) / self.metric.planned)
-        widget: BaseWidgetInfo = counter(title=self.metric.headline, counters=[CounterData(label=self.metric.sentence, value=self.metric.headline)])
+        widget: BaseWidgetInfo = counter(title="Verdict", counters=[CounterData(label=self.metric.sentence, value=self.metric.headline)])
         result.widget = [widget]
         return result
 

@@ -207,8 +207,8 @@ def _trend(days: pd.DataFrame, name: str, control: str, treatment: str) -> str:
     return f'<figure><figcaption>{title}{unit}</figcaption><svg viewBox="0 0 {width} {height}" role="img" aria-label="{title}">{"".join(parts)}</svg></figure>'
 
 
-def _state(good: bool | None, yes: str, no: str) -> str:
-    tone, text = ("calm", "not judged") if good is None else (("good", yes) if good else ("bad", no))
+def _state(good: bool, yes: str, no: str) -> str:
+    tone, text = ("good", yes) if good else ("bad", no)
     return f'<span class="state {tone}">{text}</span>'
 
 
@@ -223,7 +223,7 @@ def _guardrail_card(result: dict[str, Any]) -> str:
     rows = []
     for g in result["guardrails"]:
         limit = f"{'above' if g['relative'] else 'below'} {percent(g['limit'])}"
-        rows.append([escape(g["label"]), percent(g["value"]), f"{percent(g['low'])} to {percent(g['high'])}", limit, _state(g["passed"], "proven", "harmed" if g["harmed"] else "not proven")])
+        rows.append([escape(g["label"]), percent(g["value"]), f"{percent(g['low'])} to {percent(g['high'])}", limit, _state(g["passed"], "proven", "harmed") if g["passed"] or g["harmed"] else '<span class="state warn">not proven</span>'])
     for c in result["calibration"]:
         value = number(c["predicted_over_observed"])
         rows.append([f"Predicted over observed clicks, {escape(c['arm'])}", value, f"{number(c['low'])} to {number(c['high'])}", f"near {number(c['expected'])}", _state(not c["alarm"], "in range", "off")])

@@ -226,14 +226,15 @@ def _guardrails(users: pd.DataFrame, lifts: dict[str, dict[str, Any]], plan: Exp
     return records
 
 
-def _calibration(users: pd.DataFrame, before: pd.DataFrame | None, plan: ExperimentPlan, same_policy: bool) -> list[dict[str, Any]]:
-    """Predicted over observed clicks of each arm. Expected is 1; of the control, what the same policy had just before (with that figure's own error)."""
+def _calibration(users: pd.DataFrame, before: pd.DataFrame | None, plan: ExperimentPlan, known: set[str]) -> list[dict[str, Any]]:
+    """Predicted over observed clicks of each arm. Expected is 1; of arms in `known`, what the same policy had just before (with that figure's own error)."""
     records = []
     exact = ab_stats.Estimate(1.0, 0.0, 10**9)
     past = exact
-    if same_policy and before is not None and before["clicks"].sum() > 0:
+    if before is not None and before["clicks"].sum() > 0:
         past = ab_stats.ratio_per_user(before["predicted"].to_numpy(), before["clicks"].to_numpy())
-    for arm, expected in ((plan.control, past), (plan.treatment, exact)):
+    for arm in (plan.control, plan.treatment):
+        expected = past if arm in known else exact
         estimate = arm_estimate(users, arm, "predicted", "clicks")
         own, off = ab_stats.lift(exact, estimate, plan.alpha), ab_stats.lift(expected, estimate, plan.alpha)
         alarm = off.low > plan.calibration_margin or off.high < -plan.calibration_margin
@@ -362,7 +363,7 @@ def analyse(facts: Facts, plan: ExperimentPlan, responses: pd.DataFrame | None =
     past, recent = (None, None) if before is None else (per_user(before), per_user(_last_days(before)))
     broken = _broken(facts, users, plan, srm_p, completeness)
     verdict = decide(plan, lifts, guardrails, broken, facts.counts.prices_above_bid, sum(counts), planned)
-    same_policy = before is not None and bool(policies(facts, plan.control) & policies(before))
+    known = {arm for arm in arms if before is not None and policies(facts, arm) & policies(before)}
     result = {
         "verdict": verdict.__dict__,
         "users": sum(counts),
@@ -372,7 +373,7 @@ def analyse(facts: Facts, plan: ExperimentPlan, responses: pd.DataFrame | None =
         "primary": plan.primary,
         "rule": plan.rule,
         "guardrails": guardrails,
-        "calibration": _calibration(users, recent, plan, same_policy),
+        "calibration": _calibration(users, recent, plan, known),
         "cuped": _cuped_record(users, past, plan),
         "sample_ratio": {"p": srm_p, "log_bayes": ab_stats.sample_ratio_log_bayes(counts, srm_shares), "passed": srm_p >= ab_stats.SRM_ALARM},
         "completeness": completeness,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,8 @@ class PricedPage:
     propensity: np.ndarray
     """Probability that the policy put this ad in this slot, given the slots above; 1 for a deterministic policy."""
     price_mode: str
+    basis: list[dict[str, Any]] = field(default_factory=list)
+    """What each price rests on, JSON-able, for the receipts; empty if the policy has nothing to add."""
 
 
 def broken_invariant(page: PricedPage, bids: np.ndarray, reserves: np.ndarray, eligible: np.ndarray, slots: int) -> str | None:
@@ -58,4 +61,4 @@ def gsp_of_page(page: PricedPage, bids: np.ndarray, reserves: np.ndarray) -> Pri
     own = bids[page.rows]
     floor = reserves[page.rows]
     price = np.asarray(gsp_prices(page.pctr, own, np.arange(len(own)), reserve=floor), np.float64)
-    return PricedPage(page.rows, page.pctr, price, page.critical_price, page.propensity, "gsp")
+    return PricedPage(page.rows, page.pctr, price, page.critical_price, page.propensity, "gsp", page.basis)

@@ -81,11 +81,11 @@ class Model:
     def __init__(self, folder: Path, key: bytes, default_mode: str, learned_allowed: bool, behaviours: int, threads: int) -> None:
         """`folder`: a verified bundle; `behaviours`: L, length of the histories that the feature store keeps."""
         import torch
-        from model.ega_v1.engine import RankingEngine
 
         from features.encoding import Vocabulary
         from features.store import UserFeatures
         from model.bundle import load_bundle
+        from model.ega_v1.engine import RankingEngine
 
         torch.set_num_threads(threads)
         bundle = load_bundle(folder, key)
@@ -102,7 +102,7 @@ class Model:
         from features.encoding import encode_ads
 
         places = np.stack([ads.latitude, ads.longitude], axis=1).astype(np.float32)
-        self._cities[ads.city_id] = self._engine.prepare_city(encode_ads(self._vocabulary, ads.frame), places)
+        self._cities[ads.city_id] = self._engine.prepare_city(ads.ad_id, encode_ads(self._vocabulary, ads.frame), places)
 
     def rank(self, ads: CityAds, query: Query) -> PricedPage:
         from features.encoding import encode_requests
@@ -114,24 +114,40 @@ class Model:
         latitude, longitude = np.array([query.latitude]), np.array([query.longitude])
         when, offset = np.array([microseconds(query.time)], np.int64), np.array([query.utc_offset_minutes], np.int64)
         encoded = encode_requests(self._vocabulary, user.profiles, user.histories, latitude, longitude, when, offset)
-        with self._lock:  # the engine keeps buffers
+        bids = np.where(query.eligible, query.bids, ads.bid)  # an override that takes no part must not move the scale of the others
+        with self._lock:  # one page at a time on these cores; two would only share them
             page = self._engine.rank(
                 self._cities[ads.city_id],
                 encoded["user_fields"][0],
                 encoded["context_fields"][0],
                 encoded["behaviours"][0],
                 np.array([query.latitude, query.longitude], np.float32),
-                query.bids,
+                bids,
                 query.reserves,
                 query.eligible,
-                query.slots,
+                min(query.slots, self._engine.slots),
                 mode,
             )
+        rows = np.asarray(page.rows, np.int64)
         return PricedPage(
-            rows=np.asarray(page.rows, np.int64),
+            rows=rows,
             pctr=np.asarray(page.pctr, np.float64),
-            price=np.asarray(page.price, np.float64),
+            price=_within(np.asarray(page.price, np.float64), query.reserves[rows], query.bids[rows]),
             critical_price=np.asarray(page.critical_price, np.float64),
-            propensity=np.ones(len(page.rows)),
+            propensity=np.ones(len(rows)),
             price_mode=mode,
+            basis=[
+                {"set_pctr": float(ctr), "gsp_price": float(gsp), "theta": [float(value) if np.isfinite(value) else None for value in theta], "repaired": bool(repaired)}
+                for ctr, gsp, theta, repaired in zip(page.set_pctr, page.gsp_price, page.theta, page.repaired, strict=True)
+            ],
         )
+
+
+_ROUNDING = 1e-9
+"""Relative error that changing the unit of money (currency to median bids and back) may leave."""
+
+
+def _within(price: np.ndarray, reserve: np.ndarray, bid: np.ndarray) -> np.ndarray:
+    """Prices moved onto the reserve or the bid where rounding put them just beyond; anything farther off is left for the laws to catch."""
+    inside = np.clip(price, reserve, bid)
+    return np.where(np.abs(price - inside) <= _ROUNDING * np.maximum(bid, reserve), inside, price)

@@ -250,7 +250,7 @@ def _receipts(query: Query, ads: CityAds, page: PricedPage, version: str) -> lis
             "ad_id": int(ads.ad_id[row]), "bid": float(query.bids[row]), "reserve": float(query.reserves[row]), "pctr": float(page.pctr[slot - 1]),
             "propensity": float(page.propensity[slot - 1]), "mode": page.price_mode,
             "critical_price": float(page.critical_price[slot - 1]) if np.isfinite(page.critical_price[slot - 1]) else None,
-            "price": float(page.price[slot - 1]),
+            "price": float(page.price[slot - 1]), **(page.basis[slot - 1] if page.basis else {}),
         }
         for slot, row in enumerate(page.rows, start=1)
     ]  # fmt: skip

@@ -82,13 +82,14 @@ class Pages:
 
 
 @torch.no_grad()
-def allocate(network: EgaV1, pool: Pool, learned: bool = True, evaluator: Evaluator | None = None, tie_key: np.ndarray | None = None) -> Pages:
-    """Greedy pages with their thresholds and truthful prices. `learned=False` ranks by q*b (A = M = 0)."""
+def allocate(network: EgaV1, pool: Pool, learned: bool = True, evaluator: Evaluator | None = None, tie_key: np.ndarray | None = None, slots: int | None = None) -> Pages:
+    """Greedy pages with their thresholds and truthful prices. `learned=False` ranks by q*b (A = M = 0); `slots` < K fills the
+    first slots only, and the prices are those of an auction for these slots."""
     q = torch.sigmoid(pool.click).double().numpy()
     bids, reserves = pool.bid.double().numpy(), pool.reserve.double().numpy()
-    slots = network.config.slots
+    slots = slots or network.config.slots
     if learned:
-        affinity_BNK, slopes_BNK = (x.double().numpy() for x in network.generator(pool.h, pool.mask, pool.user))
+        affinity_BNK, slopes_BNK = (x[..., :slots].double().numpy() for x in network.generator(pool.h, pool.mask, pool.user))
     else:
         affinity_BNK, slopes_BNK = np.zeros((*q.shape, slots)), np.ones((*q.shape, slots))
     eligible = pool.mask.numpy() & (bids >= reserves) & (bids > 0)
@@ -204,6 +205,7 @@ def learned_prices(network: EgaV1, pool: Pool, pages: Pages, bidding: Bidding) -
     trials = bidding.bid.shape[2]
     h = page_states(pool, pages.pages).unsqueeze(2).expand(-1, -1, trials, -1)
     ctr, others, bid, critical, margin = (torch.from_numpy(x).float() for x in (bidding.ctr, bidding.others, bidding.bid, bidding.critical, bidding.margin))
+    others = torch.nn.functional.pad(others, (0, network.config.slots - 1 - others.shape[-1]))  # pages of fewer slots
     reserve = torch.from_numpy(pages.reserve).float().unsqueeze(2).expand_as(bid)
     return network.payment(h, ctr, others, bid, critical, margin, reserve)
 

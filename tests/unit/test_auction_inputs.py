@@ -139,7 +139,7 @@ def test_quantise_is_monotone_and_fine():
     ranks = quantise(scores)
     assert (np.diff(ranks) >= 0)[1:].all()
     finite = np.isfinite(scores)
-    assert (np.abs(ranks - scores)[finite] <= RELATIVE_STEP * np.abs(scores[finite])).all()
+    assert (np.abs(ranks[finite] - scores[finite]) <= RELATIVE_STEP * np.abs(scores[finite])).all()
 
 
 def test_rounding_is_down_and_exact_on_the_step():
@@ -157,7 +157,7 @@ def test_invariant_check_names_the_broken_law():
     good = {"page": [2, 0], "price": [0.5, 1.0], "paced_bid": [1.0, 1.0], "bid": [1.0, 2.0], "reserve": [0.5, 0.0], "n_ads": 3, "n_slots": 2}
     auction.check_prices(**good)
     for change, message in (
-        ({"price": [0.4, 1.0]}, "slot 0, row 2: reserve 0.5|reserve np.float64"),
+        ({"price": [0.4, 1.0]}, "slot 0, row 2: reserve 0.5 is above price 0.4"),
         ({"price": [0.5, 1.1]}, "slot 1, row 0: price"),
         ({"price": [0.5, float("nan")]}, "price must be 2 finite numbers"),
         ({"page": [0, 0]}, "shows an ad twice"),
@@ -170,11 +170,12 @@ def test_invariant_check_names_the_broken_law():
 
 
 def best_seconds(function, runs):
+    """Best CPU time of this thread (the code runs on one), so that busy neighbours do not fail the test."""
     times = []
     for _ in range(runs):
-        start = time.perf_counter()
+        start = time.thread_time()
         function()
-        times.append(time.perf_counter() - start)
+        times.append(time.thread_time() - start)
     return min(times)
 
 

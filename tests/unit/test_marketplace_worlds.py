@@ -205,8 +205,19 @@ def test_stress_model_and_drift_are_reachable() -> None:
 
 
 def test_logs_are_never_overwritten(world: World, logs: Path) -> None:
-    with pytest.raises(FileExistsError, match="already holds logs"):
+    with pytest.raises(FileExistsError, match="is not empty"):
         world.write_logs(logs)
+
+
+def test_an_interrupted_simulation_leaves_no_half_folder(world: World, logs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("marketplace.worlds.write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            world.write_logs(tmp_path / "logs")
+    assert not (tmp_path / "logs").exists()
+    (tmp_path / "logs").mkdir()
+    world.write_logs(tmp_path / "logs")
+    assert verify_manifest(tmp_path / "logs") == verify_manifest(logs)
 
 
 def test_wrong_configs_are_refused_with_reasons(tmp_path: Path) -> None:

@@ -1,0 +1,137 @@
+"""Ranking with a verified bundle: city states once, then one pass a request over every active ad.
+
+NumPy in, NumPy out; money in currency. Shape letters: N ads of the city, K slots, L behaviours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from auction.invariants import check_prices
+from auction.ties import tie_keys
+from model.bundle import Bundle
+from model.ega_v1.mechanism import PRICE_MODES, Pool, PriceMode, allocate, prices
+from model.ega_v1.network import Batch
+
+
+@dataclass(frozen=True)
+class CityState:
+    """User-independent states of a city's ads under one model; immutable, shared by requests."""
+
+    ad_ids: np.ndarray
+    states: torch.Tensor
+    """[1, N, D] ad states up to the first fusion."""
+    ad_fields: torch.Tensor
+    """[1, N, F_ad]."""
+    ad_place: torch.Tensor
+    """[1, N, 2]."""
+    tie_key: np.ndarray
+    """[N] salted hashes that decide ties."""
+
+
+@dataclass(frozen=True)
+class RankedPage:
+    """A priced page of K' <= K ads, in slot order."""
+
+    rows: np.ndarray
+    """Rows among the city's ads."""
+    pctr: np.ndarray
+    """Evaluator's click probability on this page."""
+    set_pctr: np.ndarray
+    """Set-aware click probability that entered the allocation."""
+    price: np.ndarray
+    """Charge per click, reserve <= price <= bid."""
+    critical_price: np.ndarray
+    """Truthful price per click, whatever mode charges."""
+    gsp_price: np.ndarray
+    """Generalised second price: the fallback should an invariant fail."""
+    theta: np.ndarray
+    """[K', K] critical bids of every slot, currency per click; inf where never reached."""
+    repaired: np.ndarray
+    """True where a non-monotone CTR was repaired for the critical price."""
+    price_mode: str
+
+
+class RankingEngine:
+    """One immutable model ready to rank."""
+
+    def __init__(self, bundle: Bundle, tie_salt: str = "ega") -> None:
+        self.bundle = bundle
+        self.network = bundle.network
+        self.tie_salt = tie_salt
+        self.slots = bundle.network.config.slots
+        mode = bundle.gates.get("price_mode", "critical")
+        self.default_price_mode: PriceMode = mode if mode in PRICE_MODES else "critical"
+
+    @torch.inference_mode()
+    def prepare_city(self, ad_ids: np.ndarray, ad_fields: np.ndarray, ad_place: np.ndarray) -> CityState:
+        """States of a city's active ads: int64 [N], int32 [N, F_ad], float32 [N, 2]. Recompute when ads come or go; bids do not matter."""
+        if len(ad_ids) == 0:
+            raise ValueError("a city needs at least one ad")
+        fields = torch.from_numpy(np.ascontiguousarray(ad_fields)).long().unsqueeze(0)
+        mask = torch.ones(fields.shape[:2], dtype=torch.bool)
+        place = torch.from_numpy(np.ascontiguousarray(ad_place, np.float32)).unsqueeze(0)
+        return CityState(np.asarray(ad_ids, np.int64), self.network.city_states(fields, mask), fields, place, tie_keys(np.asarray(ad_ids, np.int64), self.tie_salt))
+
+    @torch.inference_mode()
+    def rank(
+        self,
+        city: CityState,
+        user_fields: np.ndarray,
+        context_fields: np.ndarray,
+        behaviours: np.ndarray,
+        request_place: np.ndarray,
+        bids: np.ndarray,
+        reserves: np.ndarray,
+        eligible: np.ndarray,
+        slots: int | None = None,
+        price_mode: PriceMode | None = None,
+        bid_unit: float | None = None,
+    ) -> RankedPage:
+        """The page for one request.
+
+        user_fields [F_user], context_fields [F_context], behaviours [L, F_behaviour] as `features.encoding` gives them;
+        bids, reserves [N] currency per click; eligible [N] filters allocation only (all ads stay in the attention).
+        A request for fewer slots than the model's K is an auction for the first slots only. `bid_unit` is the city's median bid;
+        give the catalogue's when `bids` holds overrides, so that no bidder moves the unit by its own bid.
+        """
+        mode = price_mode or self.default_price_mode
+        wanted = self.slots if slots is None else slots
+        if not 1 <= wanted <= self.slots:
+            raise ValueError(f"slots must be between 1 and {self.slots} for this model, got {wanted}")
+        unit = float(np.median(bids)) if bid_unit is None else float(bid_unit)
+        if not (np.isfinite(unit) and unit > 0):
+            raise ValueError(f"bid_unit must be finite and above 0, got {unit}")
+        inputs = Batch(
+            ad_fields=city.ad_fields,
+            ad_mask=torch.ones(city.ad_fields.shape[:2], dtype=torch.bool),
+            ad_place=city.ad_place,
+            user_fields=torch.from_numpy(np.asarray(user_fields)).long().unsqueeze(0),
+            context_fields=torch.from_numpy(np.asarray(context_fields)).long().unsqueeze(0),
+            behaviours=torch.from_numpy(np.asarray(behaviours)).long().unsqueeze(0),
+            request_place=torch.from_numpy(np.asarray(request_place, np.float32)).unsqueeze(0),
+        )
+        h, user = self.network.encode_from(city.states, inputs)
+        click, purchase = self.network.heads(h, user)
+        scaled = np.asarray(bids, np.float64) / unit
+        pool = Pool(
+            np.zeros(1, np.int64), h, user, click, purchase, torch.from_numpy(scaled).unsqueeze(0), torch.from_numpy(np.asarray(reserves, np.float64) / unit).unsqueeze(0),
+            torch.from_numpy(np.asarray(eligible, bool)).unsqueeze(0), np.arange(len(city.ad_ids))[None], np.array([unit]),
+        )  # fmt: skip
+        pages = allocate(self.network, pool, tie_key=city.tie_key, slots=wanted)
+        kept = pages.pages[0] >= 0
+        rows = pages.pages[0][kept]
+        bid = np.asarray(bids, np.float64)[rows]
+        reserve = np.asarray(reserves, np.float64)[rows]
+        # Scaling to currency and back may move a price by one part in 1e16 across its bounds.
+        charged, critical, gsp = (
+            np.clip(x[0][kept] * unit, reserve, bid) for x in (prices(self.network, pool, pages, mode), pages.critical, pages.gsp)
+        )
+        page = RankedPage(
+            rows, pages.ctr[0][kept], pages.set_ctr[0][kept], charged, critical, gsp, np.maximum(pages.theta[0][kept], 0.0) * unit, pages.repaired[0][kept], mode,
+        )  # fmt: skip
+        check_prices(page.rows, page.price, bid, bid, reserve, len(city.ad_ids), wanted)
+        return page

@@ -1,0 +1,111 @@
+"""Gates: positive decisions with a reason, and the signed record that approval and serving check again.
+
+A gate says "good enough", never "not bad": a missing, NaN or infinite measurement does not pass.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as config_dataclass
+
+from model.evaluation.metrics import mean_and_interval
+
+
+@config_dataclass(frozen=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
+class GateConfig:
+    """Thresholds. A candidate needs every gate."""
+
+    psi_limit: float = 0.03
+    """Largest psi_exact (regret over utility of displayed ads, evaluation evaluator) of the prices that will be charged."""
+    learned_revenue_share: float = Field(0.95, ge=0)
+    """Learned payments are chosen only with at least this share of the critical prices' revenue, and within psi_limit."""
+    minimum_lift: float = 0.0
+    """Lower 95 % bound of the paired relative eRPM lift over the incumbent must exceed this."""
+    dev_limit: float = Field(0.1, gt=0)
+    """Largest calibration deviation |1 - mean pCTR / CTR| on exposed test ads."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One decision: what was measured, against which limit, and why it passed or did not."""
+
+    name: str
+    approved: bool
+    value: float | None
+    limit: float
+    reason: str
+
+
+def ic_gate(psi: float, mode: str, config: GateConfig) -> Gate:
+    """Incentive compatibility of the prices that will be charged."""
+    measured = isinstance(psi, float) and math.isfinite(psi)
+    approved = measured and 0.0 <= psi <= config.psi_limit
+    if not measured:
+        reason = f"psi of {mode} prices could not be measured ({psi})"
+    else:
+        gain = f"by lying about its bid a displayed ad could gain {100 * psi:.2f} % of its utility under {mode} prices"
+        reason = f"{gain}; limit {100 * config.psi_limit:.2f} %"
+    return Gate("incentive_compatibility", bool(approved), psi if measured else None, config.psi_limit, reason)
+
+
+def revenue_gate(per_request: pd.DataFrame, candidate: str, incumbent: str, config: GateConfig) -> Gate:
+    """eRPM against the incumbent on the same requests: lower 95 % bound of the relative lift, clustered by user."""
+    mine = per_request[per_request["policy"] == candidate].set_index("request_id")
+    theirs = per_request[per_request["policy"] == incumbent].set_index("request_id")
+    if len(mine) == 0 or len(mine) != len(theirs) or not mine.index.sort_values().equals(theirs.index.sort_values()):
+        return Gate("revenue", False, None, config.minimum_lift, f"{candidate} and {incumbent} were not replayed on the same requests")
+    theirs = theirs.loc[mine.index]
+    base = float(theirs["revenue"].mean())
+    mean, low, high = mean_and_interval((mine["revenue"] - theirs["revenue"]).to_numpy(), mine["user_id"].to_numpy())
+    if base <= 0 or not all(math.isfinite(x) for x in (mean, low, high)):
+        return Gate("revenue", False, None, config.minimum_lift, f"revenue of {incumbent} is {base:.4g} per request: no lift can be computed")
+    lift, low, high = (float(x) / base for x in (mean, low, high))
+    reason = (
+        f"eRPM {1000 * float(mine['revenue'].mean()):.4g} against {1000 * base:.4g} of {incumbent}: lift {100 * lift:+.1f} % "
+        f"({100 * low:+.1f} to {100 * high:+.1f}); the lower bound must exceed {100 * config.minimum_lift:+.1f} %"
+    )
+    return Gate("revenue", bool(low > config.minimum_lift), low, config.minimum_lift, reason)
+
+
+def calibration_gate(dev: float, config: GateConfig) -> Gate:
+    """Calibration of the served pCTR on exposed test ads: prices multiply it."""
+    measured = isinstance(dev, float) and math.isfinite(dev)
+    approved = measured and 0.0 <= dev <= config.dev_limit
+    reason = f"|1 - mean pCTR / CTR| = {dev:.3f} on exposed test ads; limit {config.dev_limit:.3f}" if measured else "Dev could not be measured"
+    return Gate("calibration", bool(approved), dev if measured else None, config.dev_limit, reason)
+
+
+def choose_price_mode(metrics: dict[str, Any], config: GateConfig) -> str:
+    """`learned` when the payment network earned it (psi within the limit, enough revenue), else `critical`."""
+    psi = metrics["psi"]["learned"]["psi_exact"]
+    learned, critical = (metrics["policies"][f"ega_v1/{mode}"]["erpm"] for mode in ("learned", "critical"))
+    earned = math.isfinite(psi) and 0.0 <= psi <= config.psi_limit and critical > 0 and learned >= config.learned_revenue_share * critical
+    return "learned" if earned else "critical"
+
+
+def judge(metrics: dict[str, Any], per_request: pd.DataFrame, mode: str, incumbent: str, config: GateConfig) -> list[Gate]:
+    """All gates of a candidate that charges by `mode`."""
+    return [
+        ic_gate(metrics["psi"][mode]["psi_exact"], mode, config),
+        revenue_gate(per_request, f"ega_v1/{mode}", incumbent, config),
+        calibration_gate(metrics["ranking"]["dev"], config),
+    ]
+
+
+def gate_record(gates: list[Gate], weights_sha256: str, version: str, run_id: str, price_mode: str, data_hash: str) -> dict[str, Any]:
+    """The payload to sign: decisions, and exactly which weights they are about."""
+    return {
+        "format": 1, "run_id": run_id, "version": version, "weights_sha256": weights_sha256, "data_hash": data_hash, "price_mode": price_mode,
+        "approved": bool(gates) and all(gate.approved is True for gate in gates),
+        "gates": [{name: _plain(value) for name, value in asdict(gate).items()} for gate in gates],
+    }  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value

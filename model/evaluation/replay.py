@@ -1,0 +1,279 @@
+"""Replay of test days over the whole city: what the candidate would show and charge, judged by the evaluation evaluator.
+
+Shape letters: R requests, N ads of the city, K slots, T trial bids. Money leaves this module in currency.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as config_dataclass
+
+from marketplace import schema
+from model.ega_v1.mechanism import PRICE_MODES, Pages, Pool, PriceMode, allocate, learned_prices, prices, truthful, try_bids
+from model.ega_v1.network import EgaV1
+from model.evaluation.metrics import auc, deviation, log_loss, mean_and_interval, recall_at
+from model.training.data import Samples
+from model.training.stages import encode_city, newest, pretrain_metrics
+
+
+@config_dataclass(frozen=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
+class EvaluationConfig:
+    """How the candidate is judged on test days."""
+
+    requests: int = Field(2000, ge=1)
+    """Test requests replayed over the whole city, newest first."""
+    batch: int = Field(64, ge=1)
+    """Requests encoded at a time."""
+    misreport_points: int = Field(9, ge=2)
+    """Trial bids inside every interval between two thresholds when regret is measured."""
+    recall_at: int = Field(50, ge=1)
+    """k of Recall@k."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Metrics (JSON-ready), per-request rows for paired comparisons, pages for the market's truth, and data for plots."""
+
+    metrics: dict[str, Any]
+    per_request: pd.DataFrame
+    """policy, request_id, user_id, clicks, revenue (currency), bid_value: sums over the page by the evaluation evaluator."""
+    pages: pd.DataFrame
+    """policy, request_id, slot, ad_id, bid, payment, pctr; one row a displayed ad."""
+    plots: dict[str, np.ndarray]
+    """exposed_click, exposed_pctr (calibration, ROC), price, critical (scatter)."""
+
+
+POLICIES = ("ega_v1", "separable")
+"""The trained generator, and the ranking by q*b of the same pre-trained model (A = M = 0)."""
+
+
+def replay(network: EgaV1, samples: Samples, config: EvaluationConfig, mode: PriceMode) -> Replay:
+    """Replay the newest test requests. The candidate charges by `mode`; every other mode is shown beside it."""
+    rows = newest(samples.split_rows(schema.TEST), config.requests)
+    if len(rows) == 0:
+        raise ValueError("no test requests: the logs need impressions on the test days (sampling.test_days)")
+    network.eval()
+    requests: list[pd.DataFrame] = []
+    pages: list[pd.DataFrame] = []
+    regret = {name: _Regret() for name in PRICE_MODES}
+    exposed: dict[str, list[np.ndarray]] = {name: [] for name in ("click", "set", "evaluator", "evaluation")}
+    scatter: dict[str, list[np.ndarray]] = {"price": [], "critical": [], "bid": []}
+    recalls: list[np.ndarray] = []
+    for pool in _pools(network, samples, rows, config):
+        recalls.append(_recall(pool, samples, config.recall_at))
+        logged, frame = _logged(network, pool, samples, exposed)
+        requests.append(frame)
+        pages.append(logged)
+        for policy in POLICIES:
+            served = allocate(network, pool, learned=policy == "ega_v1")
+            judged = allocate(network, pool, learned=policy == "ega_v1", evaluator=network.evaluation_evaluator)
+            for name in PRICE_MODES:
+                if policy == "separable" and name == "learned":
+                    continue  # the payment network was trained on the generator's pages
+                price = prices(network, pool, served, name)
+                tag = f"{policy}/{name}"
+                requests.append(_request_frame(tag, pool, samples, judged, price))
+                pages.append(_page_frame(tag, pool, samples, served, price))
+                if policy == "ega_v1":
+                    regret[name].add(network, pool, served, judged, name, config.misreport_points)
+            if policy == "ega_v1":
+                shown = served.pages >= 0
+                unit = pool.unit[:, None]
+                for key, value in (("price", prices(network, pool, served, mode)), ("critical", served.critical), ("bid", served.bid)):
+                    scatter[key].append((value * unit)[shown])
+    per_request = pd.concat(requests, ignore_index=True)
+    y, q = (np.concatenate(exposed[name]) for name in ("click", "evaluator"))
+    base, other = (np.concatenate(exposed[name]) for name in ("set", "evaluation"))
+    ranking = pretrain_metrics(network, samples, rows, 2 * config.batch)
+    recall, low, high = mean_and_interval(*_with_users(np.concatenate(recalls), samples.user_id[np.sort(rows)]))
+    metrics: dict[str, Any] = {
+        "requests": len(rows),
+        "ranking": {
+            "auc": ranking["auc"], "auc_exposed_sampled": ranking["auc_exposed"], "auc_exposed": auc(y, base), "auc_evaluator": auc(y, q),
+            "auc_evaluation_evaluator": auc(y, other), "log_loss_set": log_loss(y, base), "log_loss_evaluator": log_loss(y, q),
+            "dev": deviation(q, y), "dev_set": deviation(base, y), "dev_set_sampled": ranking["dev"],
+            f"recall_at_{config.recall_at}": recall, f"recall_at_{config.recall_at}_interval": [low, high],
+        },
+        "policies": _policy_table(per_request),
+        "psi": {name: value.psi() for name, value in regret.items()},
+        "price_mode": mode,
+    }  # fmt: skip
+    plots = {"exposed_click": y, "exposed_pctr": q, **{name: np.concatenate(value) for name, value in scatter.items()}}
+    return Replay(metrics, per_request, pd.concat(pages, ignore_index=True), plots)
+
+
+def _with_users(values: np.ndarray, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    kept = np.isfinite(values)
+    return (values[kept], np.asarray(users)[kept]) if kept.any() else (np.array([np.nan]), np.array([0]))
+
+
+def _pools(network: EgaV1, samples: Samples, rows: np.ndarray, config: EvaluationConfig) -> Iterator[Pool]:
+    rows = np.sort(rows)
+    for start in range(0, len(rows), config.batch):
+        yield encode_city(network, samples, rows[start : start + config.batch], candidates=1 << 30, seed=0, batch=config.batch)
+
+
+def _recall(pool: Pool, samples: Samples, k: int) -> np.ndarray:
+    """Recall@k of what the user clicked or visited elsewhere in the session, among all active ads of the city, by set-aware pCTR."""
+    score = torch.sigmoid(pool.click).numpy() * pool.mask.numpy()
+    targets = [positions_of(pool.ad_rows[i], np.asarray(samples.target[row])) for i, row in enumerate(pool.requests)]
+    return recall_at(score, targets, k)
+
+
+def positions_of(ad_rows_N: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Candidate positions of rows of the ad table; those that are no candidates (or -1) are left out."""
+    real = ad_rows_N[ad_rows_N >= 0]
+    found = np.searchsorted(real, wanted)
+    hit = (wanted >= 0) & (found < len(real))
+    hit[hit] = real[found[hit]] == wanted[hit]
+    return found[hit]
+
+
+@torch.no_grad()
+def _logged(network: EgaV1, pool: Pool, samples: Samples, exposed: dict[str, list[np.ndarray]]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The pages that were really shown, read by the evaluators: calibration, and the incumbent of a first run."""
+    slots = network.config.slots
+    rows = pool.requests
+    shown_rows = np.asarray(samples.candidate[rows, :slots])
+    page = np.full(shown_rows.shape, -1)
+    for i in range(len(rows)):
+        for slot in np.flatnonzero(shown_rows[i] >= 0):
+            position = positions_of(pool.ad_rows[i], shown_rows[i, slot : slot + 1])
+            if len(position):
+                page[i, slot] = position[0]
+    tensor = torch.from_numpy(page)
+    ctr = {}
+    for name, evaluator in (("evaluator", network.evaluator), ("evaluation", network.evaluation_evaluator)):
+        logit, _ = network.page_logits(pool.h, pool.user, pool.click, pool.purchase, tensor, evaluator)
+        ctr[name] = torch.sigmoid(logit).double().numpy()
+    ctr["set"] = torch.sigmoid(torch.gather(pool.click, 1, tensor.clamp(min=0))).double().numpy()
+    shown = page >= 0
+    exposed["click"].append(np.asarray(samples.click[rows, :slots])[shown])
+    for name, value in ctr.items():
+        exposed[name].append(value[shown])
+    payment = np.nan_to_num(np.asarray(samples.exposed_payment[rows])) * shown
+    bid = np.nan_to_num(np.asarray(samples.exposed_bid[rows])) * shown
+    frame = _sum_frame("logged", pool, samples, ctr["evaluation"] * shown, payment, bid)
+    return _rows_frame("logged", pool, samples, page, bid, payment, ctr["evaluator"]), frame
+
+
+def _request_frame(tag: str, pool: Pool, samples: Samples, judged: Pages, price: np.ndarray) -> pd.DataFrame:
+    unit = pool.unit[:, None]
+    return _sum_frame(tag, pool, samples, judged.ctr, price * unit, judged.bid * unit)
+
+
+def _sum_frame(tag: str, pool: Pool, samples: Samples, ctr: np.ndarray, price: np.ndarray, bid: np.ndarray) -> pd.DataFrame:
+    return pd.DataFrame({
+        "policy": tag, "request_id": samples.request_id[pool.requests], "user_id": samples.user_id[pool.requests],
+        "clicks": ctr.sum(1), "revenue": (ctr * price).sum(1), "bid_value": (ctr * bid).sum(1),
+    })  # fmt: skip
+
+
+def _page_frame(tag: str, pool: Pool, samples: Samples, pages: Pages, price: np.ndarray) -> pd.DataFrame:
+    unit = pool.unit[:, None]
+    return _rows_frame(tag, pool, samples, pages.pages, pages.bid * unit, price * unit, pages.ctr)
+
+
+def _rows_frame(tag: str, pool: Pool, samples: Samples, page: np.ndarray, bid: np.ndarray, price: np.ndarray, ctr: np.ndarray) -> pd.DataFrame:
+    request, slot = np.nonzero(page >= 0)
+    ad_rows = pool.ad_rows[request, page[request, slot]]
+    return pd.DataFrame({
+        "policy": tag, "request_id": samples.request_id[pool.requests][request], "slot": (slot + 1).astype(np.int32), "ad_id": np.asarray(samples.ad_id)[ad_rows],
+        "bid": bid[request, slot], "payment": price[request, slot], "pctr": ctr[request, slot].astype(np.float32),
+    })  # fmt: skip
+
+
+def _policy_table(per_request: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """eCTR (%) and eRPM (currency per 1000 requests) per request, paper Sec. 5.1.2, with intervals clustered by user."""
+    table: dict[str, dict[str, Any]] = {}
+    for policy, rows in per_request.groupby("policy", sort=False):
+        users = rows["user_id"].to_numpy()
+        ectr, erpm, bids = (mean_and_interval(rows[name].to_numpy(), users) for name in ("clicks", "revenue", "bid_value"))
+        table[str(policy)] = {
+            "ectr_percent": 100 * ectr[0], "ectr_interval": [100 * x for x in ectr[1:]],
+            "erpm": 1000 * erpm[0], "erpm_interval": [1000 * x for x in erpm[1:]], "bid_value_per_1000": 1000 * bids[0],
+        }  # fmt: skip
+    return table
+
+
+class _Regret:
+    """Regret over utility of displayed ads for one price mode, with CTRs of the evaluation evaluator."""
+
+    def __init__(self) -> None:
+        self.regret = self.utility = self.grid = self.grid_utility = 0.0
+        self.ratios: list[np.ndarray] = []
+
+    def add(self, network: EgaV1, pool: Pool, served: Pages, judged: Pages, mode: PriceMode, points: int) -> None:
+        own = truthful(pool, judged)
+        utility = ((judged.bid - prices(network, pool, served, mode)) * judged.ctr) * (served.pages >= 0)
+        best = np.maximum(_best(network, pool, served, judged, mode, _interval_bids(served, points)), utility)
+        grid = _best(network, pool, served, judged, mode, served.bid[:, :, None] * PAPER_GRID)
+        best = np.maximum(best, grid)
+        shown = own.slot[..., 0] >= 0
+        self.regret += float((best - utility)[shown].sum())
+        self.utility += float(utility[shown].sum())
+        rated = shown & (utility > 0)
+        self.ratios.append((np.maximum(grid - utility, 0.0)[rated] / utility[rated]))
+
+    def psi(self) -> dict[str, float]:
+        """psi_exact: ratio of sums, winners; psi_paper: the paper's grid and mean of ratios."""
+        ratios = np.concatenate(self.ratios) if self.ratios else np.zeros(0)
+        return {"psi_exact": self.regret / self.utility if self.utility > 0 else float("nan"), "psi_paper": float(ratios.mean()) if len(ratios) else float("nan")}
+
+
+PAPER_GRID = np.arange(1, 11) * 0.2
+
+
+def _interval_bids(pages: Pages, points: int) -> np.ndarray:
+    """[B, K, K*points]: bids spread over every interval between thresholds, its lower edge included (the best response of a
+    rule whose price does not read the own bid)."""
+    low = np.maximum(np.where(np.isfinite(pages.theta), pages.theta, 0.0), pages.reserve[..., None])
+    high = np.concatenate([np.maximum(2 * pages.bid, 2 * low[..., 0])[..., None], low[..., :-1]], -1)
+    share = np.linspace(1e-6, 1.0, points)
+    return (low[..., None] + (high - low)[..., None] * share).reshape(*pages.bid.shape, -1)
+
+
+def _best(network: EgaV1, pool: Pool, served: Pages, judged: Pages, mode: PriceMode, trial_bids: np.ndarray) -> np.ndarray:
+    """Best utility of every displayed ad over trial bids, [B, K]: prices as served, CTRs as judged."""
+    bidding = try_bids(pool, served, trial_bids)
+    clicks = try_bids(pool, judged, trial_bids).ctr
+    if mode == "critical":
+        price = bidding.critical
+    elif mode == "first_price":
+        price = bidding.bid
+    elif mode == "learned":
+        with torch.no_grad():
+            price = learned_prices(network, pool, served, bidding).double().numpy()
+    else:
+        price = _gsp_at(pool, served, bidding.bid, bidding.slot)
+    return ((judged.bid[:, :, None] - price) * clicks).max(-1)
+
+
+def _gsp_at(pool: Pool, pages: Pages, trial_bids: np.ndarray, slot: np.ndarray) -> np.ndarray:
+    """GSP price of ad i after a misreport: the next score on its new page over its own pCTR, capped by its bid."""
+    q, bids = torch.sigmoid(pool.click).double().numpy(), pool.bid.double().numpy()
+    batch, slots = pages.pages.shape
+    scores = q * bids
+    flat = np.maximum(pages.moved, 0).reshape(batch, -1)
+    on_page = np.take_along_axis(scores, flat, 1).reshape(pages.moved.shape) * (pages.moved >= 0)
+    # Next score down the page; below the last slot the best ad that is on none of it.
+    follow = np.zeros((batch, slots, slots))
+    for i in range(slots):
+        for l in range(slots):
+            if l + 1 < slots:
+                follow[:, i, l] = on_page[:, i, l, l + 1]
+            else:
+                rest = scores.copy()
+                np.put_along_axis(rest, np.maximum(pages.moved[:, i, l], 0), 0.0, 1)
+                follow[:, i, l] = rest.max(1)
+    at = np.maximum(slot, 0)
+    next_score = np.take_along_axis(follow, at, 2)
+    own = np.maximum(pages.set_ctr, 1e-12)[:, :, None]
+    return np.minimum(np.maximum(next_score / own, pages.reserve[:, :, None]), trial_bids)
