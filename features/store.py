@@ -67,13 +67,15 @@ def source_path(home: Path, view: str) -> Path:
 
 
 _TOKENS = threading.Lock()
+_NAMED_BY_CONTENT_BYTES = 100_000
 
 
 def _name_arrays_by_identity() -> None:
-    """Stop Dask from pickling every array of an object column to name each step of a join.
+    """Stop Dask from hashing whole columns to name each step of a join.
 
-    Feast calls `persist` a dozen times; naming 45,000 rows of seven arrays by content took minutes a step, a random name takes
-    none. Names only serve to share equal graphs, so results cannot change.
+    Feast calls `persist` a dozen times, and each names its data by content: with 45,000 rows of seven arrays that took minutes a
+    step (object columns are pickled), and half of a join's time for plain numbers. A random name takes none. Names only serve to
+    share equal graphs, so results cannot change.
     """
     from dask.tokenize import normalize_token
 
@@ -83,7 +85,7 @@ def _name_arrays_by_identity() -> None:
             return
 
         def name(array: np.ndarray) -> Any:
-            return uuid.uuid4().hex if array.dtype.hasobject else by_content(array)
+            return uuid.uuid4().hex if array.dtype.hasobject or array.nbytes > _NAMED_BY_CONTENT_BYTES else by_content(array)
 
         name.by_identity = True  # type: ignore[attr-defined]
         normalize_token.register(np.ndarray, name)

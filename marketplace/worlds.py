@@ -46,7 +46,7 @@ from marketplace.synthetic import SyntheticConfig
 AD_BEHAVIOUR_ID_BASE = 10**15
 """Behaviours on ads have ids from here on; organic visits lie below."""
 
-_CELLS_AT_ONCE = 1_000_000
+_CELLS_AT_ONCE = 2**16  # temporaries stay in the cache
 _CALIBRATION_REQUESTS = 4000
 
 

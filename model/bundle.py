@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import math
 import os
 import secrets
 import shutil
@@ -191,9 +190,3 @@ def load_bundle(folder: Path, key: bytes) -> Bundle:
     network.eval()
     gates = json.loads(contents["gates.json"])
     return Bundle(manifest["version"], network, json.loads(contents["vocab.json"]), config, gates, manifest)
-
-
-def finite(value: Any) -> float | None:
-    """A float for JSON: None instead of NaN or infinity."""
-    number = float(value)
-    return number if math.isfinite(number) else None

@@ -186,7 +186,7 @@ class Ranking:
         try:
             return call()
         except (sqlite3.Error, OSError) as error:
-            logger.exception("event log failed")
+            logger.error("event log failed: %s: %s", type(error).__name__, error)
             raise Refusal(503, "event_log_unavailable", "the page cannot be recorded now and is therefore not answered; try again") from error
 
 

@@ -473,7 +473,7 @@ class EgaV1(nn.Module):
         return [*parameters, self.unexposed_shift] if stage == "pretrain" else parameters
 
     def enter_stage(self, stage: str) -> list[nn.Parameter]:
-        """Freeze all but the stage's parameters; returns those. Dice statistics move in pre-training and never again.""" 
+        """Freeze all but the stage's parameters; returns those. Dice statistics move in pre-training and never again."""
         self.requires_grad_(False)
         parameters = self.stage_parameters(stage)
         for parameter in parameters:

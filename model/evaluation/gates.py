@@ -1,4 +1,4 @@
-"""Gates: positive decisions with a reason, and the signed record that approval and serving check again.
+"""Gates: positive decisions with a reason. Their record is signed by serving.store, which approval and serving check again.
 
 A gate says "good enough", never "not bad": a missing, NaN or infinite measurement does not pass.
 """
@@ -6,10 +6,9 @@ A gate says "good enough", never "not bad": a missing, NaN or infinite measureme
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as config_dataclass
@@ -96,16 +95,3 @@ def judge(metrics: dict[str, Any], per_request: pd.DataFrame, mode: str, incumbe
         revenue_gate(per_request, f"ega_v1/{mode}", incumbent, config),
         calibration_gate(metrics["ranking"]["dev"], config),
     ]
-
-
-def gate_record(gates: list[Gate], weights_sha256: str, version: str, run_id: str, price_mode: str, data_hash: str) -> dict[str, Any]:
-    """The payload to sign: decisions, and exactly which weights they are about."""
-    return {
-        "format": 1, "run_id": run_id, "version": version, "weights_sha256": weights_sha256, "data_hash": data_hash, "price_mode": price_mode,
-        "approved": bool(gates) and all(gate.approved is True for gate in gates),
-        "gates": [{name: _plain(value) for name, value in asdict(gate).items()} for gate in gates],
-    }  # fmt: skip
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value

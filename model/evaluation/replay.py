@@ -47,15 +47,26 @@ class Replay:
     pages: pd.DataFrame
     """policy, request_id, slot, ad_id, bid, payment, pctr; one row a displayed ad."""
     plots: dict[str, np.ndarray]
-    """exposed_click, exposed_pctr (calibration, ROC), price, critical (scatter)."""
+    """exposed_click, exposed_pctr (calibration, ROC); learned, critical, bid of displayed ads (scatter)."""
 
 
 POLICIES = ("ega_v1", "separable")
 """The trained generator, and the ranking by q*b of the same pre-trained model (A = M = 0)."""
 
 
-def replay(network: EgaV1, samples: Samples, config: EvaluationConfig, mode: PriceMode) -> Replay:
-    """Replay the newest test requests. The candidate charges by `mode`; every other mode is shown beside it."""
+@dataclass(frozen=True)
+class Incumbent:
+    """The approved model that a candidate has to beat."""
+
+    network: EgaV1
+    vocabulary: dict[str, list[int]]
+    """Tables of its vocab.json."""
+    mode: PriceMode
+    version: str
+
+
+def replay(network: EgaV1, samples: Samples, config: EvaluationConfig, incumbent: Incumbent | None = None) -> Replay:
+    """Replay the newest test requests under every price mode; an incumbent model's pages are judged by the same evaluator."""
     rows = newest(samples.split_rows(schema.TEST), config.requests)
     if len(rows) == 0:
         raise ValueError("no test requests: the logs need impressions on the test days (sampling.test_days)")
@@ -64,7 +75,7 @@ def replay(network: EgaV1, samples: Samples, config: EvaluationConfig, mode: Pri
     pages: list[pd.DataFrame] = []
     regret = {name: _Regret() for name in PRICE_MODES}
     exposed: dict[str, list[np.ndarray]] = {name: [] for name in ("click", "set", "evaluator", "evaluation")}
-    scatter: dict[str, list[np.ndarray]] = {"price": [], "critical": [], "bid": []}
+    scatter: dict[str, list[np.ndarray]] = {"learned": [], "critical": [], "bid": []}
     recalls: list[np.ndarray] = []
     for pool in _pools(network, samples, rows, config):
         recalls.append(_recall(pool, samples, config.recall_at))
@@ -86,8 +97,12 @@ def replay(network: EgaV1, samples: Samples, config: EvaluationConfig, mode: Pri
             if policy == "ega_v1":
                 shown = served.pages >= 0
                 unit = pool.unit[:, None]
-                for key, value in (("price", prices(network, pool, served, mode)), ("critical", served.critical), ("bid", served.bid)):
+                for key, value in (("learned", prices(network, pool, served, "learned")), ("critical", served.critical), ("bid", served.bid)):
                     scatter[key].append((value * unit)[shown])
+        if incumbent is not None:
+            frames = _incumbent(network, incumbent, pool, samples, config)
+            pages.append(frames[0])
+            requests.append(frames[1])
     per_request = pd.concat(requests, ignore_index=True)
     y, q = (np.concatenate(exposed[name]) for name in ("click", "evaluator"))
     base, other = (np.concatenate(exposed[name]) for name in ("set", "evaluation"))
@@ -103,7 +118,6 @@ def replay(network: EgaV1, samples: Samples, config: EvaluationConfig, mode: Pri
         },
         "policies": _policy_table(per_request),
         "psi": {name: value.psi() for name, value in regret.items()},
-        "price_mode": mode,
     }  # fmt: skip
     plots = {"exposed_click": y, "exposed_pctr": q, **{name: np.concatenate(value) for name, value in scatter.items()}}
     return Replay(metrics, per_request, pd.concat(pages, ignore_index=True), plots)
@@ -164,6 +178,22 @@ def _logged(network: EgaV1, pool: Pool, samples: Samples, exposed: dict[str, lis
     return _rows_frame("logged", pool, samples, page, bid, payment, ctr["evaluator"]), frame
 
 
+INCUMBENT = "incumbent"
+
+
+@torch.no_grad()
+def _incumbent(network: EgaV1, incumbent: Incumbent, pool: Pool, samples: Samples, config: EvaluationConfig) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Pages and prices of the incumbent for the pool's requests, with CTRs of the candidate's evaluation evaluator."""
+    theirs = encode_city(incumbent.network, samples.translate(incumbent.vocabulary), pool.requests, 1 << 30, 0, config.batch)
+    served = allocate(incumbent.network, theirs)
+    price = prices(incumbent.network, theirs, served, incumbent.mode)
+    # Both pools hold the whole city in the same order, so positions carry over.
+    logit, _ = network.page_logits(pool.h, pool.user, pool.click, pool.purchase, torch.from_numpy(served.pages), network.evaluation_evaluator)
+    ctr = torch.sigmoid(logit).double().numpy() * (served.pages >= 0)
+    unit = pool.unit[:, None]
+    return _page_frame(INCUMBENT, pool, samples, served, price), _sum_frame(INCUMBENT, pool, samples, ctr, price * unit, served.bid * unit)
+
+
 def _request_frame(tag: str, pool: Pool, samples: Samples, judged: Pages, price: np.ndarray) -> pd.DataFrame:
     unit = pool.unit[:, None]
     return _sum_frame(tag, pool, samples, judged.ctr, price * unit, judged.bid * unit)
@@ -220,7 +250,7 @@ class _Regret:
         self.regret += float((best - utility)[shown].sum())
         self.utility += float(utility[shown].sum())
         rated = shown & (utility > 0)
-        self.ratios.append((np.maximum(grid - utility, 0.0)[rated] / utility[rated]))
+        self.ratios.append(np.maximum(grid - utility, 0.0)[rated] / utility[rated])
 
     def psi(self) -> dict[str, float]:
         """psi_exact: ratio of sums, winners; psi_paper: the paper's grid and mean of ratios."""
@@ -265,14 +295,11 @@ def _gsp_at(pool: Pool, pages: Pages, trial_bids: np.ndarray, slot: np.ndarray) 
     on_page = np.take_along_axis(scores, flat, 1).reshape(pages.moved.shape) * (pages.moved >= 0)
     # Next score down the page; below the last slot the best ad that is on none of it.
     follow = np.zeros((batch, slots, slots))
+    follow[:, :, :-1] = np.einsum("bill->bil", on_page[:, :, :-1, 1:])
     for i in range(slots):
-        for l in range(slots):
-            if l + 1 < slots:
-                follow[:, i, l] = on_page[:, i, l, l + 1]
-            else:
-                rest = scores.copy()
-                np.put_along_axis(rest, np.maximum(pages.moved[:, i, l], 0), 0.0, 1)
-                follow[:, i, l] = rest.max(1)
+        rest = scores.copy()
+        np.put_along_axis(rest, np.maximum(pages.moved[:, i, -1], 0), 0.0, 1)
+        follow[:, i, -1] = rest.max(1)
     at = np.maximum(slot, 0)
     next_score = np.take_along_axis(follow, at, 2)
     own = np.maximum(pages.set_ctr, 1e-12)[:, :, None]

@@ -5,6 +5,7 @@ Shape letters: A ads, R requests, B requests of a batch, M = K + N_s candidates,
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -74,6 +75,7 @@ class Samples:
             setattr(self, "city_code" if array.name == "city" else array.name, values)
         self.slots = int(self.exposed_bid.shape[1])
         self._cities: dict[tuple[int, int], City] = {}
+        self._translation: dict[str, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.request_id)
@@ -105,16 +107,38 @@ class Samples:
         rates = (click[:, shown][real[:, shown]].mean() if real[:, shown].any() else 0.05, (weight * click).sum() / max(weight.sum(), 1.0))
         return float(np.clip(rates[0], 1e-5, 0.5)), float(np.clip(rates[1], 1e-5, 0.5))
 
+    def translate(self, vocabulary: dict[str, list[int]]) -> Samples:
+        """The same samples in the indices of another model's vocabulary (tables of its vocab.json); ids it never saw are unknown."""
+        other = copy.copy(self)
+        other._translation = {}
+        for name in schema.VOCABULARIES:
+            mine, theirs = np.asarray(self.vocabulary[name], np.int64), np.asarray(vocabulary[name], np.int64)
+            table = np.full(len(mine) + schema.FIRST_CODE, schema.UNKNOWN, np.int64)
+            table[schema.PADDING] = schema.PADDING
+            if len(theirs):
+                at = np.minimum(np.searchsorted(theirs, mine), len(theirs) - 1)
+                table[schema.FIRST_CODE :] = np.where(theirs[at] == mine, at + schema.FIRST_CODE, schema.UNKNOWN)
+            other._translation[name] = torch.from_numpy(table)
+        return other
+
+    def _fields(self, values: np.ndarray, fields: tuple[schema.Encoded, ...]) -> Tensor:
+        """Encoded fields as int64, translated where a translation is set."""
+        tensor = torch.from_numpy(np.ascontiguousarray(values)).long()
+        for index, field in enumerate(fields):
+            if field.vocabulary and self._translation:
+                tensor[..., index] = self._translation[field.vocabulary][tensor[..., index]]
+        return tensor
+
     def inputs(self, requests: np.ndarray, ad_rows: np.ndarray, ad_mask: np.ndarray) -> Batch:
         """Network inputs for `requests` [B] with candidates `ad_rows` [B or 1, N]."""
         rows = np.where(ad_mask, ad_rows, 0)
         return Batch(
-            ad_fields=torch.from_numpy(np.asarray(self.ad_fields)[rows]).long() * torch.from_numpy(ad_mask).unsqueeze(-1),
+            ad_fields=self._fields(np.asarray(self.ad_fields)[rows], schema.AD_FIELDS) * torch.from_numpy(ad_mask).unsqueeze(-1),
             ad_mask=torch.from_numpy(ad_mask),
             ad_place=torch.from_numpy(np.asarray(self.ad_place)[rows]),
-            user_fields=torch.from_numpy(self.user_fields[requests]).long(),
-            context_fields=torch.from_numpy(self.context_fields[requests]).long(),
-            behaviours=torch.from_numpy(self.behaviours[requests]).long(),
+            user_fields=self._fields(self.user_fields[requests], schema.USER_FIELDS),
+            context_fields=self._fields(self.context_fields[requests], schema.CONTEXT_FIELDS),
+            behaviours=self._fields(self.behaviours[requests], schema.BEHAVIOUR_FIELDS),
             request_place=torch.from_numpy(self.request_place[requests]),
         )
 

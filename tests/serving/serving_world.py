@@ -110,23 +110,40 @@ def write_logs(root: Path, users: int = 30, seed: int = 2) -> None:
     write_manifest(root)
 
 
+def vocabulary_of(ads: pd.DataFrame) -> dict:
+    """The vocabulary of a catalogue, as bundles keep it."""
+    from features.encoding import Vocabulary
+    from marketplace.schema import geo_cell
+
+    tables = {name: [ads[f"{name}_id"].to_numpy()] for name in ("ad", "poi", "advertiser", "category", "creative")}
+    return Vocabulary.learn(tables | {"geo": [geo_cell(ads["latitude"].to_numpy(), ads["longitude"].to_numpy())]}).to_dict()
+
+
+def model_ranking(home: Path, user_of: object = None) -> Ranking:
+    """A warm Ranking with a tiny untrained model, without a feature store: users come from `user_of` (default: all unknown)."""
+    from serving.policies import Model
+
+    tiny_bundle(home / "bundle", vocabulary=vocabulary_of(catalogue()))
+    config = ServingConfig(home=home, arms=(Arm(name="ega", policy="model"),), events_synchronous="normal")
+    model = Model(home / "bundle", KEY, "critical", learned_allowed=True, behaviours=16, threads=1)
+    users = UserReader(user_of or (lambda user_id: None), 5.0)  # type: ignore[arg-type, return-value]
+    ranking = Ranking(config, split_by_city(catalogue()), {"model": model}, users, EventLog(config.event_log, "normal"), clock=lambda: NOW)
+    ranking.warm_up()
+    return ranking
+
+
 def served_home(ega_home: Path) -> Path:
     """A home with a built feature store and an approved tiny model, signed with the key in `ega_home`; returns the home."""
     from features.build import build_features
-    from features.encoding import Vocabulary
-    from marketplace.schema import geo_cell
     from model.bundle import signing_key
     from serving.store import approve_bundle, write_gate_record
 
     home, logs = ega_home / "tiny", ega_home / "logs"
     write_logs(logs)
     build_features(logs, home, behaviours=16)
-    ads = catalogue()
-    ids = {"ad": ads["ad_id"], "poi": ads["poi_id"], "advertiser": ads["advertiser_id"], "category": ads["category_id"], "creative": ads["creative_id"]}
-    tables = {name: [column.to_numpy()] for name, column in ids.items()} | {"geo": [geo_cell(ads["latitude"].to_numpy(), ads["longitude"].to_numpy())]}
     key = signing_key(ega_home, create=True)
     bundle, record = ega_home / "bundle", ega_home / "gate.json"
-    tiny_bundle(bundle, vocabulary=Vocabulary.learn(tables).to_dict(), key=key)
+    tiny_bundle(bundle, vocabulary=vocabulary_of(catalogue()), key=key)
     gates = {"ic": {"approved": True, "reason": "test"}, "revenue": {"approved": True, "reason": "test"}}
     write_gate_record(record, bundle, gates, key)
     approve_bundle(bundle, record, home, key)

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving_world import BODY, NOW, bootstrap_ranking, catalogue
+from serving_world import BODY, NOW, bootstrap_ranking, catalogue, model_ranking
 
 from serving import users
 from serving.assignment import assign_arm
 from serving.catalogue import CityAds, split_by_city
 from serving.errors import Refusal
-from serving.event_log import EventLog, read_impressions, read_requests
+from serving.event_log import EventLog, read_impressions, read_receipts, read_requests
 from serving.invariants import PricedPage, broken_invariant, gsp_of_page
 from serving.messages import EventsRequest, RankRequest
 from serving.policies import Query
@@ -36,8 +36,12 @@ def ask(**fields: object) -> RankRequest:
 CITY = catalogue().query("city_id == 0").set_index("ad_id")
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Ranking:
+    return model_ranking(tmp_path_factory.mktemp("model"))
+
+
+MARKETS = dict(
     bids=st.dictionaries(st.sampled_from(sorted(CITY.index)), st.floats(1e-300, 1e6) | st.sampled_from([5e-324, 1e6, 0.05, 0.049])),
     exclude=st.sets(st.sampled_from(sorted(CITY.index)), max_size=25),
     candidates=st.none() | st.sets(st.sampled_from(sorted(CITY.index)), min_size=1),
@@ -45,9 +49,24 @@ CITY = catalogue().query("city_id == 0").set_index("ad_id")
     latitude=st.floats(-90, 90),
     longitude=st.floats(-180, 180),
 )
-def test_no_price_above_a_bid_or_below_a_reserve(ranking: Ranking, bids, exclude, candidates, slots, latitude, longitude) -> None:  # noqa: ANN001
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(**MARKETS)
+def test_the_bootstrap_arm_keeps_the_laws(ranking: Ranking, **market: object) -> None:
+    assert check_laws(ranking, **market)["degraded"] == []
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(mode=st.sampled_from(["critical", "learned", "gsp", "first_price"]), **MARKETS)
+def test_the_model_arm_keeps_the_laws(model: Ranking, mode: str, **market: object) -> None:
+    answer = check_laws(model, price_mode=mode, **market)
+    assert answer["degraded"] == [users.UNKNOWN] and answer["price_mode"] == mode  # no fallback was needed
+
+
+def check_laws(ranking: Ranking, bids, exclude, candidates, slots, latitude, longitude, **fields: object) -> dict:  # noqa: ANN001
     overrides = [{"ad_id": ad, "bid": bid} for ad, bid in bids.items()]
-    asked = ask(bids=overrides, exclude=sorted(exclude), candidates=candidates and sorted(candidates), slots=slots, latitude=latitude, longitude=longitude)
+    asked = ask(bids=overrides, exclude=sorted(exclude), candidates=candidates and sorted(candidates), slots=slots, latitude=latitude, longitude=longitude, **fields)
     answer = ranking.rank(asked)
     shown = [ad["ad_id"] for ad in answer["ads"]]
     assert len(set(shown)) == len(shown) <= slots and not set(shown) & exclude and (candidates is None or set(shown) <= candidates)
@@ -55,7 +74,30 @@ def test_no_price_above_a_bid_or_below_a_reserve(ranking: Ranking, bids, exclude
     for ad in answer["ads"]:
         bid = bids.get(ad["ad_id"], CITY.loc[ad["ad_id"], "bid"])
         assert ad["bid"] == bid and CITY.loc[ad["ad_id"], "reserve"] <= ad["price"] <= bid
-    assert answer["degraded"] == []
+    return answer
+
+
+def test_the_model_arm_is_deterministic_and_leaves_receipts(model: Ranking) -> None:
+    first, second = model.rank(ask()), model.rank(ask())
+    assert first["ads"] == second["ads"] and len(first["ads"]) == 5
+    receipts = {receipt["slot"]: receipt for receipt in read_receipts(model._log.path) if receipt["request_id"] == first["request_id"]}
+    for ad in first["ads"]:
+        receipt = receipts[ad["slot"]]
+        assert receipt["price"] == ad["price"] and receipt["critical_price"] == pytest.approx(ad["price"]) and len(receipt["theta"]) == 5
+
+
+def test_features_move_the_page_of_a_known_user(tmp_path: Path) -> None:
+    from features.encoding import Histories, Profiles
+    from features.store import UserFeatures
+
+    count = np.array([1])
+    arrays = {"behaviour_id": 1, "poi_id": 110, "category_id": 2, "action": 1, "latitude": 40.0, "longitude": -74.0, "time_us": 1_780_000_000_000_000}
+    rows = {name: np.array([[value] + [0] * 15]) for name, value in arrays.items()}
+    profile = Profiles(np.array([True]), np.array([3]), np.array([1]), np.array([40.0]), np.array([-74.0]))
+    known = model_ranking(tmp_path, lambda user: UserFeatures(profile, Histories(count, **rows), rows["time_us"][:, 0]) if user == 7 else None)
+    seen, unseen = known.rank(ask(user_id=7)), known.rank(ask(user_id=8))
+    assert seen["degraded"] == [] and unseen["degraded"] == [users.UNKNOWN]
+    assert [ad["pctr"] for ad in seen["ads"]] != [ad["pctr"] for ad in unseen["ads"]]
 
 
 def test_a_repeated_request_is_one_page(ranking: Ranking) -> None:

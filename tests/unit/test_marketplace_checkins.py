@@ -214,6 +214,21 @@ def test_counting_baselines_reach_their_published_accuracy() -> None:
         assert [hit[:, :k].any(axis=1).mean() for k in (1, 5, 10)] == pytest.approx(expected, abs=0.008)
 
 
+def test_value_spread_lies_among_real_winning_prices() -> None:
+    """Standard deviation of log winning price per campaign (iPinYou): the worlds' lognormal values are as spread out as real prices."""
+    file = Path(os.environ.get("EGA_DATA", "")) / "bids" / "winning_price_histogram.csv"
+    if not os.environ.get("EGA_DATA") or not file.exists():
+        pytest.skip("EGA_DATA is not set to a folder that holds bids/ (real winning prices)")
+    prices = pd.read_csv(file).query("market_price > 0")
+    spread = []
+    for _, campaign in prices.groupby("campaign"):
+        log, weight = np.log(campaign["market_price"]), campaign["train_impressions"]
+        spread.append(np.sqrt(np.average((log - np.average(log, weights=weight)) ** 2, weights=weight)))
+    assert min(spread) - 0.05 <= CheckinsConfig().value_spread <= max(spread)
+    world = build_world(WorldConfig(), 1)
+    assert min(spread) - 0.05 <= np.log(world.state.ads["value"]).std() <= max(spread)
+
+
 def test_real_check_ins_make_a_world(tmp_path: Path) -> None:
     folder = Path(os.environ.get("EGA_DATA", "")) / "nyc"
     if not os.environ.get("EGA_DATA") or not folder.exists():

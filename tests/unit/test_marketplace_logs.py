@@ -49,7 +49,7 @@ def test_a_day_written_again_is_replaced(tmp_path: Path) -> None:
         (lambda frame: frame.drop(columns="poi_id"), "'poi_id' is missing"),
         (lambda frame: frame.assign(latitude=float("nan")), "'latitude' has 6 nulls"),
         (lambda frame: frame.assign(event_timestamp=frame["event_timestamp"].dt.tz_localize(None)), "with time zone"),
-        (lambda frame: frame.assign(event_timestamp=frame["event_timestamp"].where(False)), "6 nulls"),
+        (lambda frame: frame.assign(event_timestamp=pd.Series(pd.NaT, index=frame.index, dtype="datetime64[us, UTC]")), "6 nulls"),
         (lambda frame: frame.assign(user_id="five"), "does not fit the schema"),
         (lambda frame: frame.assign(category_id=2**40), "does not fit the schema"),
     ],

@@ -1,0 +1,106 @@
+"""One training stage from files to files: samples and the previous stage's weights in, weights and a history out.
+
+Layout: `<out>/<stage>/model.safetensors` and `<out>/<stage>/result.json`; checkpoints under `<checkpoints>/<stage>/`. A finished
+stage whose inputs did not change is not trained again, so a resumed run goes straight to where it was killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from pydantic import TypeAdapter
+from safetensors.torch import load as load_tensors
+
+from model.bundle import sha256_of, state_bytes, write_atomic
+from model.ega_v1.network import EgaV1, NetworkConfig
+from model.training.data import Samples
+from model.training.loop import Device, StageResult
+from model.training.stages import TrainingConfig, build_network, pretrain, train_payment, train_reward, train_rlaf
+
+STAGES = ("pretrain", "reward", "evaluation", "rlaf", "payment")
+"""In training order; `reward` and `evaluation` are the two evaluators of stage 2."""
+
+PREVIOUS = dict(zip(STAGES[1:], STAGES, strict=False))
+
+
+@dataclass(frozen=True)
+class StageFiles:
+    """Where a finished stage lies."""
+
+    weights: Path
+    result: dict[str, Any]
+
+
+def train_stage(
+    stage: str, samples_folder: Path, network_config: NetworkConfig, config: TrainingConfig, out: Path, checkpoints: Path, seed: int, device: str = "cpu"
+) -> StageFiles:
+    """Train one stage or find it done; raises if the previous stage is missing."""
+    if stage not in STAGES:
+        raise ValueError(f"stage {stage!r} is unknown; stages are {', '.join(STAGES)}")
+    folder = Path(out) / stage
+    fingerprint = stage_fingerprint(stage, samples_folder, network_config, config, out, seed)
+    if (done := finished(folder, fingerprint)) is not None:
+        return done
+    where = Device(device, config.threads)
+    where.enter()
+    samples = Samples(samples_folder)
+    network = build_network(network_config, samples, seed)
+    if stage in PREVIOUS:
+        network.load_state_dict(load_tensors((Path(out) / PREVIOUS[stage] / "model.safetensors").read_bytes()))
+    result = _run(stage, network, samples, config, Path(checkpoints) / stage, where, fingerprint)
+    weights = state_bytes(network)
+    record = {
+        "stage": stage, "fingerprint": fingerprint, "sha256": hashlib.sha256(weights).hexdigest(), "best_step": result.best_step,
+        "best_score": result.best_score, "steps": result.steps, "history": result.history,
+    }  # fmt: skip
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        write_atomic(folder / "model.safetensors", weights)
+        write_atomic(folder / "result.json", json.dumps(record, indent=1).encode())
+    return StageFiles(folder / "model.safetensors", record)
+
+
+def stage_fingerprint(stage: str, samples_folder: Path, network_config: NetworkConfig, config: TrainingConfig, out: Path, seed: int) -> dict[str, Any]:
+    """Everything the stage's weights depend on: samples, network, its own config, seed and the previous stage's weights."""
+    previous = ""
+    if stage in PREVIOUS:
+        path = Path(out) / PREVIOUS[stage] / "model.safetensors"
+        if not path.is_file():
+            raise FileNotFoundError(f"stage {stage} needs {path}; train {PREVIOUS[stage]} first")
+        previous = sha256_of(path)
+    return {
+        "samples": sha256_of(Path(samples_folder) / "manifest.json") if (Path(samples_folder) / "manifest.json").exists() else sha256_of(Path(samples_folder) / "samples.json"),
+        "network": TypeAdapter(NetworkConfig).dump_python(network_config, mode="json"),
+        "config": json.loads(json.dumps(asdict(getattr(config, stage)))), "threads": config.threads, "seed": seed, "previous": previous,
+    }  # fmt: skip
+
+
+def finished(folder: Path, fingerprint: dict[str, Any]) -> StageFiles | None:
+    """The stage's files when they are whole and made from these very inputs."""
+    result, weights = folder / "result.json", folder / "model.safetensors"
+    if not (result.is_file() and weights.is_file()):
+        return None
+    record = json.loads(result.read_text())
+    return StageFiles(weights, record) if record["fingerprint"] == fingerprint and record["sha256"] == sha256_of(weights) else None
+
+
+def load_stage(stage: str, samples: Samples, network_config: NetworkConfig, out: Path, seed: int) -> EgaV1:
+    """The network as a finished stage left it, in evaluation mode."""
+    network = build_network(network_config, samples, seed)
+    network.load_state_dict(load_tensors((Path(out) / stage / "model.safetensors").read_bytes()))
+    return network.eval()
+
+
+def _run(stage: str, network: EgaV1, samples: Samples, config: TrainingConfig, folder: Path, device: Device, fingerprint: dict[str, Any]) -> StageResult:
+    if stage == "pretrain":
+        return pretrain(network, samples, config.pretrain, folder, device, fingerprint)
+    if stage in ("reward", "evaluation"):
+        return train_reward(network, samples, getattr(config, stage), stage, folder, device, fingerprint)
+    if stage == "rlaf":
+        return train_rlaf(network, samples, config.rlaf, folder, device, fingerprint)
+    return train_payment(network, samples, config.payment, folder, device, fingerprint)
+
