@@ -25,7 +25,7 @@ from marketplace.validation_rules import CRITICAL, ROW_RULES, WARNING, Law, Look
 from marketplace.validation_statistics import compute, show_rows
 from marketplace.validation_suites import Verdict, run_suites
 
-__all__ = ["Failure", "ValidationConfig", "ValidationResult", "accept", "laws_of", "validate_logs", "validation_text"]
+__all__ = ["Failure", "ValidationConfig", "ValidationResult", "accept", "failures_of", "laws_of", "validate_logs", "validation_text"]
 
 ACCEPTED = "statistics.json"
 """File of the accepted folder that holds the figures of the last accepted logs."""
@@ -84,7 +84,7 @@ def validate_logs(logs: Path, out: Path, config: ValidationConfig | None = None,
         frames["files"]["accepted-statistics-readable"] = False
         laws.append(Law("accepted-statistics-readable", "files", ("accepted-statistics-readable",), "true", problem, "restore the file, or delete it to start afresh", severity=WARNING))
     verdicts = run_suites(frames, laws)
-    failures = _failures(verdicts, frames)
+    failures = failures_of(verdicts, frames)
     passed = not any(failure.severity == CRITICAL for failure in failures)
     summary |= {"data_hash": loaded.data_hash, "validated": now.astimezone(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")}
     result = ValidationResult(passed, failures, out / "validation.html", len(laws), summary)
@@ -137,7 +137,10 @@ def _read_accepted(accepted: Path | None) -> tuple[dict | None, str]:
 
 
 def laws_of(loaded: LoadedLogs, config: ValidationConfig, now: dt.datetime, accepted: dict | None) -> tuple[dict[str, pd.DataFrame], list[Law], dict]:
-    """Frames with the rules' true/false columns, the laws on them, and the figures of these logs."""
+    """Frames with the rules' true/false columns, the laws on them, and the figures of these logs.
+
+    Args: accepted, the figures of the last accepted logs, or None. `run_suites` checks the laws on the frames.
+    """
     frames = {"files": files_frame(loaded)} | dict(loaded.tables)
     laws = file_laws() if len(loaded.files) else []
     if not len(loaded.files):
@@ -162,7 +165,7 @@ def laws_of(loaded: LoadedLogs, config: ValidationConfig, now: dt.datetime, acce
     return frames, laws + statistics.laws, summary
 
 
-def _failures(verdicts: list[Verdict], frames: dict[str, pd.DataFrame]) -> list[Failure]:
+def failures_of(verdicts: list[Verdict], frames: dict[str, pd.DataFrame]) -> list[Failure]:
     """Broken laws as failures: critical first, else in the laws' order; a missing column of many files is told once."""
     failures: dict[tuple[str, str, str], Failure] = {}
     for verdict in verdicts:

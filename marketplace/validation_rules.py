@@ -35,7 +35,7 @@ class ValidationConfig:
     """Clicks may differ from the sum of the logged pctr by this factor, plus four standard deviations."""
     accepted_click_rate_factor: float = Field(2.0, gt=1)
     """The click rate may differ from that of the last accepted logs by this factor, plus four standard deviations."""
-    accepted_bid_factor: float = Field(5.0, gt=1)
+    accepted_bid_factor: float = Field(8.0, gt=1)
     """The median bid may differ from that of the last accepted logs by this factor."""
     bid_factor: float = Field(5.0, gt=1)
     """A logged bid may differ from the catalogue's bid of that ad and day by this factor."""

@@ -52,7 +52,7 @@ def compute(look: Lookups, accepted: dict | None) -> tuple[Statistics, dict]:
 
 
 def _catalogue_bids(look: Lookups, statistics: Statistics) -> None:
-    bids = look.tables["ads"]["bid"]
+    bids = look.tables["ads"]["bid"].dropna()
     config = look.config
     says = f"bid level: the catalogue's median bid is {bids.median():.4g} per click (bids multiplied?)"
     remedy = f"{_UNITS}, or set min_median_bid and max_median_bid for your currency"
@@ -61,7 +61,7 @@ def _catalogue_bids(look: Lookups, statistics: Statistics) -> None:
 
 def _payment_share(look: Lookups, statistics: Statistics) -> None:
     shown = look.tables["impressions"]
-    share = (shown["payment"] / shown["bid"]).replace([np.inf, -np.inf], np.nan).median()
+    share = (shown["payment"] / shown["bid"]).replace([np.inf, -np.inf], np.nan).dropna().median()
     says = f"bid level: the median of payment / bid is {share:.2g} (bids multiplied, payments not?)"
     statistics.add("bid-level", "median_payment_share", share, look.config.min_payment_share, 1.0, says, _UNITS)
 
@@ -179,7 +179,10 @@ def _constant_days(table: str) -> Callable[[Lookups, Statistics], None]:
             key = f"{table}.{column.name}"
             if column.name not in frame.columns or key not in _VARIES_DAILY or key in config.may_be_constant or key in MAY_BE_CONSTANT:
                 continue
-            spread = frame.loc[large, column.name].groupby(days[large]).agg(["min", "max"])
+            values = frame[column.name]
+            if not (values != values.iloc[0]).any():
+                continue  # constant on all days: the suite of the table looks after that
+            spread = values[large].groupby(days[large]).agg(["min", "max"])
             found += [f"{column.name} on {pd.Timestamp(int(day), unit='D'):%Y-%m-%d}" for day in spread.index[spread["min"] == spread["max"]]]
         says = f"constant feature: a column of {table} holds one value only on a whole day"
         statistics.add("no-constant-features", f"{table}_constant_days", len(found), 0, 0, says, "export that day again, or list the column under may_be_constant", tuple(found[:3]))

@@ -110,6 +110,9 @@ class Model:
         mode = query.price_mode or self._default_mode
         if mode == "learned" and not self._learned_allowed:
             raise Refusal(422, "price_mode_unavailable", "the payment network of this model has not passed its gate; use 'critical'", "price_mode")
+        if not query.eligible.any():
+            nothing = np.empty(0)
+            return PricedPage(np.empty(0, np.int64), nothing, nothing, nothing, nothing, mode)
         user = query.user or self._default_user
         latitude, longitude = np.array([query.latitude]), np.array([query.longitude])
         when, offset = np.array([microseconds(query.time)], np.int64), np.array([query.utc_offset_minutes], np.int64)

@@ -83,8 +83,8 @@ class ServingConfig:
     """Longest wait for the user's features, milliseconds; beyond: default user, answer marked degraded."""
     events_synchronous: Literal["full", "normal"] = "full"
     """SQLite `synchronous` of the event log. full: an answered page survives power loss; normal: it survives kill -9, not power loss."""
-    torch_threads: int = 2
-    """Threads of the model's arithmetic."""
+    torch_threads: int = 1
+    """Threads of the model's arithmetic; more than the idle cores make answers slower, not faster."""
     bootstrap_epsilon: float = 0.1
     """Exploration share of the bootstrap arm, in [0, 1); propensities are logged exactly."""
     seed: int = 0

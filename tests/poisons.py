@@ -194,11 +194,9 @@ def _drop_column(column: str) -> Change:
     return lambda frame, _: frame.drop(columns=[column])
 
 
-def _constant(column: str) -> Change:
-    return lambda frame, _: frame.assign(**{column: frame[column].iloc[0]})
+def constant_everywhere(table: str, column: str) -> Poison:
+    """Every row gets the first row's value."""
 
-
-def _constant_everywhere(table: str, column: str) -> Poison:
     def apply(root: Path, rng: np.random.Generator) -> None:
         value = pq.read_table(files_of(root, table)[0], partitioning=None).to_pandas()[column].iloc[0]
         rewrite(root, table, lambda frame, _: frame.assign(**{column: value}), rng)
@@ -222,8 +220,8 @@ def _extra_column(root: Path, rng: np.random.Generator) -> None:
     manifest_again(root)
 
 
-def _no_rows(table: str) -> Change:
-    return lambda frame, _: frame.iloc[:0]
+def _no_rows(frame: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
+    return frame.iloc[:0]
 
 
 def _lost_table(root: Path, rng: np.random.Generator) -> None:
@@ -267,13 +265,13 @@ POISONS: dict[str, tuple[Poison, str]] = {
     "label flip 20 %": (_poison("impressions", _flip(0.2, with_times=False)), "no-flipped-labels"),
     "label flip 20 %, consistent": (_poison("impressions", _flip(0.2, with_times=True)), "no-flipped-labels"),
     "label flip 1 %, consistent": (_poison("impressions", _flip(0.01, with_times=True)), "no-flipped-labels"),
-    "constant feature, pctr": (_constant_everywhere("impressions", "pctr"), "no-constant-features"),
-    "constant feature, category of ads": (_constant_everywhere("ads", "category_id"), "no-constant-features"),
-    "constant feature, price band": (_constant_everywhere("ads", "price_band"), "no-constant-features"),
-    "constant feature, category of behaviours": (_constant_everywhere("behaviours", "category_id"), "no-constant-features"),
-    "constant feature, action": (_constant_everywhere("behaviours", "action"), "clicks-recorded-as-clicks"),
-    "constant feature, latitude of requests": (_constant_everywhere("requests", "latitude"), "no-constant-features"),
-    "constant feature, home of users": (_constant_everywhere("users", "home_latitude"), "no-constant-features"),
+    "constant feature, pctr": (constant_everywhere("impressions", "pctr"), "no-constant-features"),
+    "constant feature, category of ads": (constant_everywhere("ads", "category_id"), "no-constant-features"),
+    "constant feature, price band": (constant_everywhere("ads", "price_band"), "no-constant-features"),
+    "constant feature, category of behaviours": (constant_everywhere("behaviours", "category_id"), "no-constant-features"),
+    "constant feature, action": (constant_everywhere("behaviours", "action"), "no-constant-features"),
+    "constant feature, latitude of requests": (constant_everywhere("requests", "latitude"), "no-constant-features"),
+    "constant feature, home of users": (constant_everywhere("users", "home_latitude"), "no-constant-features"),
     "constant feature, session of behaviours": (_poison("behaviours", _set("session_id", 0, 1.0)), "no-constant-features"),
     "constant feature, age": (_poison("users", _set("age_band", 4, 1.0)), "no-constant-features"),
     "slot gaps, middle": (_poison("impressions", _drop_slot(2)), "no-slot-gaps"),
@@ -296,9 +294,9 @@ POISONS: dict[str, tuple[Poison, str]] = {
     "infinite pctr": (_poison("impressions", _set("pctr", np.inf, 0.01)), "values-in-range"),
     "wrong type": (_wrong_type, "column-types"),
     "extra column": (_extra_column, "no-extra-columns"),
-    "no rows in a file": (_poison("behaviours", _no_rows("behaviours"), slice(0, 1)), "no-empty-files"),
+    "no rows in a file": (_poison("behaviours", _no_rows, slice(0, 1)), "no-empty-files"),
     "lost table": (_lost_table, "tables-present"),
-    "lost day of impressions": (_poison("impressions", _no_rows("impressions"), slice(-1, None)), "same-days"),
+    "lost day of impressions": (_poison("impressions", _no_rows, slice(-1, None)), "same-days"),
     "rows in a wrong day": (_poison("impressions", _later("event_timestamp", "-3D", 0.01)), "rows-in-their-day"),
     "click before its impression": (_poison("impressions", _later("click_timestamp", "-1h", 1.0)), "click-after-impression"),
     "purchase without click": (_poison("impressions", _set("purchase", 1, 0.05)), "purchase-only-with-click"),

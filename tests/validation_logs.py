@@ -29,6 +29,7 @@ def checkins_logs(root: Path, seed: int, with_categories: bool = True) -> Path:
     data.mkdir(parents=True)
     places, visits = 50, 2000
     pois = pd.DataFrame({"poi_id": np.arange(1, places + 1), "lat": 35.6 + 0.05 * rng.standard_normal(places), "lon": 139.7 + 0.05 * rng.standard_normal(places)})
+    pois["name"] = [f"place {number}" for number in range(places)]
     if with_categories:
         pois["category"] = rng.choice(["Ramen", "Bar", "Museum", "Gym", "Café"], places)
     pois.to_parquet(data / "pois.parquet", index=False)

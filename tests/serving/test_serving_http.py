@@ -38,7 +38,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def service(home: Path) -> Iterator[Running]:
     log = home / "service.log"
-    with running_service(ServingConfig(home=home, arms=ARMS, feature_deadline_ms=500.0, torch_threads=1), log=log) as running:
+    with running_service(ServingConfig(home=home, arms=ARMS, feature_deadline_ms=500.0), log=log) as running:
         yield running
     assert "Traceback" not in log.read_text()
 

@@ -41,14 +41,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Ranking:
     return model_ranking(tmp_path_factory.mktemp("model"))
 
 
-MARKETS = dict(
-    bids=st.dictionaries(st.sampled_from(sorted(CITY.index)), st.floats(1e-300, 1e6) | st.sampled_from([5e-324, 1e6, 0.05, 0.049])),
-    exclude=st.sets(st.sampled_from(sorted(CITY.index)), max_size=25),
-    candidates=st.none() | st.sets(st.sampled_from(sorted(CITY.index)), min_size=1),
-    slots=st.integers(1, 50),
-    latitude=st.floats(-90, 90),
-    longitude=st.floats(-180, 180),
-)
+MARKETS = {
+    "bids": st.dictionaries(st.sampled_from(sorted(CITY.index)), st.floats(1e-300, 1e6) | st.sampled_from([5e-324, 1e6, 0.05, 0.049])),
+    "exclude": st.sets(st.sampled_from(sorted(CITY.index)), max_size=25),
+    "candidates": st.none() | st.sets(st.sampled_from(sorted(CITY.index)), min_size=1),
+    "slots": st.integers(1, 50),
+    "latitude": st.floats(-90, 90),
+    "longitude": st.floats(-180, 180),
+}
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

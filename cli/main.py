@@ -1,0 +1,161 @@
+"""The `ega` command. Sub-commands import what they need when they run, so that `ega --help` is instant."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+# Telemetry of the libraries is off unless somebody asks for it; waiting threads yield the CPU, which matters on shared machines.
+for _name, _value in (
+    ("BENTOML_DO_NOT_TRACK", "True"),
+    ("DO_NOT_TRACK", "1"),
+    ("GX_ANALYTICS_ENABLED", "false"),
+    ("OMP_WAIT_POLICY", "PASSIVE"),
+):
+    os.environ.setdefault(_name, _value)
+
+app = typer.Typer(
+    name="ega", add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+    help="End-to-end generative advertising: from a city's ad corpus to a priced page of ads.",
+)  # fmt: skip
+
+Config = Annotated[Path, typer.Argument(help="YAML of a named run, e.g. config/quickstart.yaml.", show_default=False)]
+Data = Annotated[Optional[Path], typer.Option(help="Check-ins folder (checkins.parquet, pois.parquet) for a world of kind checkins; default: $EGA_DATA.")]  # noqa: UP045
+Runs = Annotated[Path, typer.Option(help="Folder that holds runs.")]
+Seed = Annotated[Optional[int], typer.Option(help="Seed instead of the configuration's.")]  # noqa: UP045
+
+
+@app.command()
+def run(
+    config: Annotated[Optional[Path], typer.Argument(help="YAML of a named run; not needed with --resume.", show_default=False)] = None,  # noqa: UP045
+    data: Data = None,
+    logs: Annotated[Optional[Path], typer.Option(help="Your own folder of logs (docs/data.md); no simulator is used.")] = None,  # noqa: UP045
+    resume: Annotated[Optional[str], typer.Option(help="Run id (or folder) to go on with after it was stopped or killed.")] = None,  # noqa: UP045
+    run_id: Annotated[Optional[str], typer.Option(help="Name of the run; default: configuration and time.")] = None,  # noqa: UP045
+    runs: Runs = Path("runs"),
+    seed: Seed = None,
+    no_experiment: Annotated[bool, typer.Option("--no-experiment", help="Stop after the verdict: no service, no A/B test.")] = False,
+) -> None:
+    """Logs to a gated model, a served price and an experiment report.
+
+    Exit code 0: approved; 3: rejected by a gate; 4: the data was refused; 2: wrong call; 1: anything else.
+    """
+    from cli.run import run_command
+
+    raise typer.Exit(run_command(config, data, logs, resume, run_id, runs, seed, no_experiment))
+
+
+@app.command()
+def simulate(config: Config, out: Annotated[Path, typer.Option(help="Folder to write logs/ and world/ into; must be new.")], data: Data = None, seed: Seed = None) -> None:
+    """Write the logs of a configuration's world, and its hidden truth, into a folder."""
+    from cli.simulate import simulate as command
+
+    raise typer.Exit(_guarded(lambda: command(str(config), out, data or _data(), seed)))
+
+
+@app.command("convert-checkins")
+def convert_checkins(
+    text: Annotated[Path, typer.Argument(help="TSMC2014 check-ins: user, venue, category id and name, latitude, longitude, offset, UTC time; tab-separated.")],
+    out: Annotated[Path, typer.Argument(help="Check-ins folder to write.")],
+    min_poi_checkins: Annotated[int, typer.Option(min=1, help="Leave out places with fewer check-ins.")] = 1,
+    min_user_checkins: Annotated[int, typer.Option(min=1, help="Leave out users with fewer check-ins.")] = 1,
+) -> None:
+    """Turn the published TSMC2014 text into a check-ins folder."""
+    from cli.convert import convert
+
+    raise typer.Exit(_guarded(lambda: convert(text, out, min_poi_checkins, min_user_checkins)))
+
+
+@app.command()
+def compile(out: Annotated[Optional[Path], typer.Option(help="Folder for the IR YAML; default: pipelines/.")] = None) -> None:  # noqa: UP045
+    """Compile the Kubeflow pipelines to IR YAML."""
+    from pipelines.compile import FOLDER, compile_all
+
+    for path in compile_all(out or FOLDER):
+        typer.echo(path)
+
+
+@app.command()
+def submit(
+    host: Annotated[str, typer.Option(help="Kubeflow Pipelines endpoint, e.g. http://localhost:8080.")],
+    config: Config,
+    logs: Annotated[str, typer.Option(help="Folder of logs as the cluster's volume sees it, under /ega.")],
+    run_id: Annotated[Optional[str], typer.Option(help="Name of the run.")] = None,  # noqa: UP045
+) -> None:
+    """Submit the training pipeline to a Kubeflow Pipelines backend."""
+    from cli.submit import submit as command
+
+    raise typer.Exit(_guarded(lambda: command(host, config, logs, run_id)))
+
+
+@app.command()
+def serve(
+    config: Config,
+    host: Annotated[str, typer.Option(help="Address to bind; put a proxy in front before opening it.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = 3000,
+) -> None:
+    """Serve the newest approved model of a configuration over HTTP."""
+    from cli.run import serve_command
+
+    raise typer.Exit(_guarded(lambda: serve_command(config, host, port)))
+
+
+@app.command()
+def ab(
+    config: Config,
+    run: Annotated[Optional[str], typer.Option(help="Run whose world gives the users; default: the newest of this configuration.")] = None,  # noqa: UP045
+    runs: Runs = Path("runs"),
+    url: Annotated[Optional[str], typer.Option(help="Service to drive; default: start one for the experiment.")] = None,  # noqa: UP045
+) -> None:
+    """Drive the live service with simulated users in two arms, then report."""
+    from cli.run import ab_command
+
+    raise typer.Exit(_guarded(lambda: ab_command(config, run, runs, url)))
+
+
+@app.command()
+def monitor(
+    traffic: Annotated[Path, typer.Argument(help="Folder of logs with the experiment's traffic, or a run folder.")],
+    reference: Annotated[Optional[Path], typer.Option(help="Folder of logs to compare drift with.")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option(help="Where the report goes; default: beside the traffic.")] = None,  # noqa: UP045
+    config: Annotated[Optional[Path], typer.Option(help="Run configuration with the experiment's plan.")] = None,  # noqa: UP045
+) -> None:
+    """Join events, compare arms, measure drift; writes one HTML page and JSON. Exit code 4: drift, 5: invalid or harmful."""
+    from cli.run import monitor_command
+
+    raise typer.Exit(_guarded(lambda: monitor_command(traffic, reference, out, config)))
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, stores and disk: what is wrong and how to mend it."""
+    from cli.doctor import doctor as command
+
+    raise typer.Exit(command())
+
+
+def _data() -> Path | None:
+    value = os.environ.get("EGA_DATA")
+    return Path(value) if value else None
+
+
+def _guarded(command: object) -> int:
+    """Run a command; expected errors become one line on stderr and exit code 1."""
+    try:
+        return int(command() or 0)  # type: ignore[operator]
+    except (ValueError, FileNotFoundError, FileExistsError, RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def main() -> None:
+    """Entry point of the `ega` script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

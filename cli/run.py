@@ -1,0 +1,250 @@
+"""`ega run`, `ega serve`, `ega ab` and `ega monitor` on named configurations: where things lie, and what is said at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipelines.config import RunConfig
+
+APPROVED, FAILED, WRONG_CALL, REJECTED, REFUSED = 0, 1, 2, 3, 4
+
+
+def ega_home() -> Path:
+    """EGA_HOME, default .ega below the current folder."""
+    return Path(os.environ.get("EGA_HOME", ".ega")).resolve()
+
+
+def say(text: str = "") -> None:
+    """A line for the person at the terminal, at once."""
+    print(text, flush=True)
+
+
+def _section(number: int, total: int, text: str) -> None:
+    say(f"\n[{number}/{total}] {text}")
+
+
+def run_command(
+    config_path: Path | None, data: Path | None, logs: Path | None, resume: str | None, run_id: str | None, runs: Path, seed: int | None, no_experiment: bool
+) -> int:
+    """See `ega run --help`."""
+    from pipelines.config import ConfigError
+
+    try:
+        config, run_dir, given = _prepare(config_path, data, logs, resume, run_id, runs, seed)
+    except (ConfigError, FileNotFoundError, FileExistsError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG_CALL
+    return _run(config, run_dir, Path(given["data"]) if given["data"] else None, Path(given["logs"]) if given["logs"] else None, no_experiment)
+
+
+def _prepare(
+    config_path: Path | None, data: Path | None, logs: Path | None, resume: str | None, run_id: str | None, runs: Path, seed: int | None
+) -> tuple[RunConfig, Path, dict[str, str | None]]:
+    """Resolve configuration and folders; a new run is written down so that it can be resumed."""
+    from model.bundle import write_atomic
+    from pipelines.config import as_yaml, load_run_config
+
+    if resume is not None:
+        run_dir = next((path.resolve() for path in (runs / resume, Path(resume)) if (path / "run.json").is_file()), None)
+        if run_dir is None:
+            known = ", ".join(sorted(path.parent.name for path in runs.glob("*/run.json"))) or "none"
+            raise FileNotFoundError(f"no run {resume!r} to resume; runs in {runs}: {known}")
+        return load_run_config(run_dir / "config.yaml"), run_dir, json.loads((run_dir / "run.json").read_text())
+    if config_path is None:
+        raise ValueError("give the YAML of a run, e.g. `ega run config/quickstart.yaml`, or --resume RUN")
+    config = load_run_config(config_path, seed=seed)
+    if logs is not None and not logs.is_dir():
+        raise FileNotFoundError(f"--logs {logs} is not a folder; docs/data.md describes what it must hold")
+    if logs is None and config.world is None:
+        raise ValueError(f"{config_path} names no world, so logs must be given: ega run {config_path} --logs DIR")
+    data = data or (Path(os.environ["EGA_DATA"]) if os.environ.get("EGA_DATA") else None)
+    if logs is None and config.world is not None and config.world.kind == "checkins" and (data is None or not data.is_dir()):
+        raise FileNotFoundError(f"{config_path} needs a check-ins folder: --data DIR with checkins.parquet and pois.parquet (got {data})")
+    run_dir = (runs / (run_id or f"{config.name}-{datetime.now().strftime('%Y%m%d-%H%M%S')}")).resolve()
+    if run_dir.exists() and any(run_dir.iterdir()):
+        raise FileExistsError(f"{run_dir} exists already; take another --run-id, or go on with it: ega run --resume {run_dir.name}")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    given = {"data": str(data.resolve()) if data else None, "logs": str(logs.resolve()) if logs else None}
+    write_atomic(run_dir / "config.yaml", as_yaml(config).encode())
+    write_atomic(run_dir / "run.json", json.dumps(given).encode())
+    return config, run_dir, given
+
+
+def _run(config: RunConfig, run_dir: Path, data: Path | None, logs: Path | None, no_experiment: bool) -> int:
+    from model.bundle import BundleError, signing_key
+    from pipelines.local import AlreadyRunning, PipelineFailed, home_lock, run_pipeline
+
+    started = time.monotonic()
+    home = ega_home() / config.name
+    simulated = logs is None
+    experiment = simulated and config.experiment.enabled and not no_experiment
+    total = 2 + simulated + experiment
+    say(f"run {run_dir.name}  (configuration {config.name}, seed {config.seed})")
+    try:
+        with home_lock(home):
+            signing_key(home.parent, create=True)
+            step = 0
+            if logs is None:
+                step += 1
+                _section(step, total, "logs of a simulated city" if data is None or config.world.kind == "synthetic" else f"logs on real check-ins of {data}")
+                logs = _simulate(config, run_dir, data)
+            step += 1
+            _section(step, total, "pipeline train-and-approve: validate, features, samples, four training stages, gates")
+            verdict = run_pipeline(config, logs, run_dir, home)
+            truth = _truth(run_dir) if simulated else None
+            approved = not verdict.startswith("rejected")
+            summary: dict[str, Any] = {"verdict": verdict, "approved": approved, "truth": truth}
+            if experiment and approved:
+                step += 1
+                _section(step, total, "A/B test against the live service, two arms")
+                summary["experiment"] = _experiment(config, run_dir, home)
+            _section(total, total, "report")
+            return _finish(config, run_dir, logs, data, summary, time.monotonic() - started, simulated)
+    except PipelineFailed as error:
+        return _explain_failure(run_dir, error)
+    except AlreadyRunning as error:
+        print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"\nstopped; go on with: ega run --resume {run_dir.name}", file=sys.stderr)
+        return 130
+    except (BundleError, ValueError, FileNotFoundError, RuntimeError, OSError) as error:
+        print(f"error: {error}\ngo on with: ega run --resume {run_dir.name}", file=sys.stderr)
+    return FAILED
+
+
+def _simulate(config: RunConfig, run_dir: Path, data: Path | None) -> Path:
+    """World and logs of the run; found again when the run is resumed. The world's folder is written last and marks the end."""
+    import shutil
+
+    from marketplace.worlds import build_world
+
+    logs, world_dir = run_dir / "logs", run_dir / "world"
+    if world_dir.is_dir() and logs.is_dir():
+        return logs
+    shutil.rmtree(logs, ignore_errors=True)
+    shutil.rmtree(world_dir, ignore_errors=True)
+    world = build_world(config.world, config.seed, data)
+    manifest = world.write_logs(logs, progress=True)
+    part = run_dir / ".world.part"
+    shutil.rmtree(part, ignore_errors=True)
+    world.save(part)
+    part.rename(world_dir)
+    rows = manifest.get("rows", {})
+    say("  " + (", ".join(f"{count:,} {table}" for table, count in rows.items()) if rows else f"written to {logs}"))
+    return logs
+
+
+def _truth(run_dir: Path) -> dict[str, Any]:
+    """What the market's hidden truth says of the replayed pages, and the paired lifts that matter."""
+    import pandas as pd
+
+    from marketplace.truth import paired_lift, score_pages, summarise
+    from marketplace.worlds import World
+    from model.bundle import write_atomic
+
+    metrics = json.loads((run_dir / "evaluation" / "metrics.json").read_text())
+    pages = pd.read_parquet(run_dir / "evaluation" / "pages.parquet")
+    scored = score_pages(World.load(run_dir / "world"), pages)
+    mode = metrics["price_mode"]
+    pairs = [(f"separable/{name}", f"ega_v1/{name}", metric) for name in ("critical", "gsp") for metric in ("revenue", "clicks", "welfare")]
+    pairs.append(("logged", f"ega_v1/{mode}", "revenue"))
+    result = {
+        "policies": summarise(scored),
+        "lifts": [{"control": a, "treatment": b, "metric": metric, **paired_lift(scored, a, b, metric)} for a, b, metric in pairs],
+    }
+    write_atomic(run_dir / "evaluation" / "truth.json", json.dumps(result, indent=1, default=float).encode())
+    return result
+
+
+def _experiment(config: RunConfig, run_dir: Path, home: Path) -> dict[str, Any]:
+    from cli.ab import execute
+    from cli.monitor import describe
+
+    summary, result = execute(run_dir, home, config.experiment.monitor, config.experiment.driver, title=f"{run_dir.name}: experiment")
+    say(f"  {summary.answered:,} requests answered, {summary.errors} failed, {summary.clicks:,} clicks")
+    say(describe(result))
+    return {"answered": summary.answered, "errors": summary.errors, "clicks": summary.clicks, "report": str(result.report), "exit_code": result.exit_code}
+
+
+def _finish(config: RunConfig, run_dir: Path, logs: Path, data: Path | None, summary: dict[str, Any], seconds: float, simulated: bool) -> int:
+    from pipelines.report import result_lines, write_report
+
+    report = write_report(run_dir, logs, summary)
+    say("\n".join(result_lines(run_dir, summary)))
+    approved = summary["approved"]
+    say(f"\nverdict   {'approved: ' + summary['verdict'] if approved else summary['verdict']}")
+    say(f"report    {report}")
+    if "experiment" in summary:
+        say(f"          {summary['experiment']['report']}")
+    say(f"time      {seconds / 60:.1f} minutes")
+    source = run_dir / "config.yaml"
+    say(f"next      {'ega serve ' + str(source) if approved else 'change gates or training in the configuration and run again'}")
+    return APPROVED if approved else REJECTED
+
+
+def _explain_failure(run_dir: Path, error: Exception) -> int:
+    """Data that was refused has its own exit code and says why once more, without a traceback."""
+    record = run_dir / "validation" / "validation.json"
+    if record.is_file() and not json.loads(record.read_text())["passed"]:
+        failures = [f for f in json.loads(record.read_text())["failures"] if f["severity"] == "critical"]
+        print(f"\ndata refused: {len(failures)} critical rule(s) broken; nothing was trained", file=sys.stderr)
+        for failure in failures:
+            print(f"  {failure['message']}", file=sys.stderr)
+        print(f"all checks: {run_dir / 'validation' / 'validation.html'}", file=sys.stderr)
+        return REFUSED
+    print(f"error: {error}\nthe step's own message stands above; go on with: ega run --resume {run_dir.name}", file=sys.stderr)
+    return FAILED
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def serve_command(config_path: Path, host: str, port: int) -> int:
+    """Serve the newest approved model of a configuration."""
+    from cli.serve import serve
+    from pipelines.config import load_run_config
+    from serving.settings import ServingConfig
+
+    return serve(ServingConfig(home=ega_home() / load_run_config(config_path).name), host, port)
+
+
+def _newest_run(name: str, runs: Path) -> Path:
+    import yaml
+
+    candidates = []
+    for path in runs.glob("*/run.json"):
+        content = yaml.safe_load((path.parent / "config.yaml").read_text())
+        if content.get("name") == name and (path.parent / "world").is_dir():
+            candidates.append(path.parent)
+    if not candidates:
+        raise FileNotFoundError(f"no run of {name} with a world in {runs}; run `ega run` first")
+    return max(candidates, key=lambda path: path.stat().st_mtime).resolve()
+
+
+def ab_command(config_path: Path, run: str | None, runs: Path, url: str | None) -> int:
+    """Drive a service with the users of a run's world."""
+    from cli.ab import ab
+    from pipelines.config import load_run_config
+
+    config = load_run_config(config_path)
+    run_dir = _newest_run(config.name, runs) if run is None else next((p.resolve() for p in (runs / run, Path(run)) if p.is_dir()), runs / run)
+    token = os.environ.get("EGA_SERVING_TOKEN")
+    return ab(run_dir, ega_home() / config.name, config.experiment.monitor, config.experiment.driver, url=url, token=token)
+
+
+def monitor_command(traffic: Path, reference: Path | None, out: Path | None, config_path: Path | None) -> int:
+    """Report on a folder of traffic, or on a run's experiment."""
+    from cli.monitor import monitor
+    from pipelines.config import load_run_config
+
+    settings = load_run_config(config_path).experiment.monitor if config_path else None
+    if (traffic / "experiment" / "logs").is_dir():
+        return monitor(run=traffic, config=settings, out=out)
+    return monitor(traffic=traffic, reference=reference, out=out, config=settings)

@@ -1,0 +1,148 @@
+"""What the evaluation and publishing steps call: the rooms below brought together, plain functions on folders."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic.dataclasses import dataclass
+
+from model.bundle import BundleError, load_bundle, signing_key, verify_bundle
+from model.ega_v1.network import NetworkConfig
+from model.evaluation.evaluate import bundle_candidate, evaluate_candidate
+from model.evaluation.gates import GateConfig
+from model.evaluation.plots import calibration_svg, page, price_scatter_svg, roc_curve, roc_svg, table
+from model.evaluation.replay import EvaluationConfig, Incumbent
+from model.training.stages import TrainingConfig
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
+class CandidateConfig:
+    """What judging a candidate needs to know."""
+
+    network: NetworkConfig = Field(default_factory=NetworkConfig)
+    """Sizes and switches."""
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    """How it was trained."""
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    """How it is replayed."""
+    gates: GateConfig = Field(default_factory=GateConfig)
+    """Thresholds."""
+
+
+def find_incumbent(home: Path, key: bytes) -> Incumbent | None:
+    """The newest approved model of a home, or None when nothing was approved yet. A damaged store raises."""
+    from serving.store import MODEL_NAME, newest_approved
+
+    if not (home / "bentoml" / "models" / MODEL_NAME).is_dir():
+        return None
+    approved = newest_approved(home, key)
+    bundle = load_bundle(approved.folder, key)
+    mode = "learned" if approved.price_mode == "learned" else "critical"
+    return Incumbent(bundle.network, bundle.vocabulary["tables"], mode, approved.version)
+
+
+def judge_candidate(samples: Path, run_dir: Path, home: Path, config: str, seed: int, weights: str, code_version: str) -> dict[str, Any]:
+    """Replay, bundle, sign. Returns the metrics with `approved` and `reason`; a rejected candidate gets its record too."""
+    from serving.store import write_gate_record
+
+    parsed = TypeAdapter(CandidateConfig).validate_json(config)
+    key = signing_key(home.parent, create=True)
+    # A resumed run may find its own model approved already: it must not become its own incumbent.
+    verdict_path = run_dir / "gate.json"
+    incumbent = find_incumbent(home, key)
+    if incumbent is not None and incumbent.version == weights[:12]:
+        incumbent = None
+    metrics = evaluate_candidate(
+        samples, run_dir / "stages", parsed.network, parsed.training, parsed.evaluation, parsed.gates, run_dir / "evaluation", seed, incumbent
+    )
+    info = json.loads((samples / "samples.json").read_text())
+    provenance = {"run": run_dir.name, "data_hash": info["data_hash"], "code_version": code_version, "seed": seed}
+    version = bundle_candidate(samples, run_dir / "stages", parsed.network, metrics, provenance, run_dir / "bundle", seed, key)
+    if version != weights[:12]:
+        raise BundleError(f"the evaluated weights {version} are not the trained ones {weights[:12]}")
+    gates = {gate["name"]: {name: value for name, value in gate.items() if name != "name"} for gate in metrics["gates"]}
+    write_gate_record(verdict_path, run_dir / "bundle", gates, key, metrics["price_mode"])
+    failed = [gate["reason"] for gate in metrics["gates"] if not gate["approved"]]
+    reason = "; ".join(failed) if failed else "; ".join(gate["reason"] for gate in metrics["gates"])
+    return {**metrics, "version": version, "reason": reason}
+
+
+def flat_metrics(metrics: dict[str, Any]) -> dict[str, float]:
+    """The figures a pipeline UI shows; values that could not be measured are left out."""
+    mode = metrics["price_mode"]
+    flat = {name: metrics["ranking"][name] for name in ("auc", "auc_exposed", "auc_evaluator", "dev")}
+    flat |= {name: value for name, value in metrics["ranking"].items() if name.startswith("recall_at") and not name.endswith("interval")}
+    flat |= {"ectr_percent": metrics["policies"][f"ega_v1/{mode}"]["ectr_percent"], "erpm": metrics["policies"][f"ega_v1/{mode}"]["erpm"]}
+    flat["psi_exact"] = metrics["psi"][mode]["psi_exact"]
+    return {name: float(value) for name, value in flat.items() if value is not None and np.isfinite(value)}
+
+
+def _plots(run_dir: Path) -> dict[str, np.ndarray]:
+    return {path.stem[5:]: np.load(path, allow_pickle=False) for path in sorted((run_dir / "evaluation").glob("plot_*.npy"))}
+
+
+def roc_points(run_dir: Path, points: int = 100) -> tuple[list[float], list[float], list[float]]:
+    """(fpr, tpr, thresholds) for KFP's ROC, thinned; thresholds finite."""
+    data = _plots(run_dir)
+    fpr, tpr, threshold = roc_curve(data["exposed_click"], data["exposed_pctr"])
+    pick = np.unique(np.linspace(0, len(fpr) - 1, points).astype(int))
+    return fpr[pick].tolist(), tpr[pick].tolist(), threshold[pick].tolist()
+
+
+def candidate_sections(run_dir: Path) -> list[tuple[str, str]]:
+    """(heading, HTML) pieces about a judged candidate: gates, what moved, policies, prices, calibration, ROC."""
+    metrics = json.loads((run_dir / "evaluation" / "metrics.json").read_text())
+    data = _plots(run_dir)
+    mode = metrics["price_mode"]
+    gates = [(g["name"].replace("_", " "), "approved" if g["approved"] else "rejected", g["reason"]) for g in metrics["gates"]]
+    moved = [(m["stage"], m["what"], m["where"], m["before"], m["after"], "yes" if m["improved"] else "no") for m in metrics["moved"]]
+    policies = [
+        (name, p["ectr_percent"], p["erpm"], f"{p['erpm_interval'][0]:.4g} to {p['erpm_interval'][1]:.4g}", p["bid_value_per_1000"])
+        for name, p in metrics["policies"].items()
+    ]
+    psi = [(name, p["psi_exact"], p["psi_paper"], "charged" if name == mode else "") for name, p in metrics["psi"].items()]
+    ranking = [(name.replace("_", " "), value) for name, value in metrics["ranking"].items() if not isinstance(value, list)]
+    return [
+        ("Gates", table(("gate", "verdict", "reason"), gates)),
+        ("What each stage moved", table(("stage", "measure", "on", "before", "after", "improved"), moved)),
+        ("Policies on the test days, by the evaluation evaluator", table(("policy / prices", "eCTR % per request", "eRPM per 1000 requests", "95 % interval", "bid value per 1000"), policies)),
+        ("Incentive compatibility", table(("prices", "psi exact", "psi of the paper's grid", ""), psi)),
+        ("Ranking and calibration", table(("measure", "value"), ranking)),
+        ("Calibration on exposed test ads", calibration_svg(data["exposed_click"], data["exposed_pctr"])),
+        ("ROC on exposed test ads", roc_svg(data["exposed_click"], data["exposed_pctr"])),
+        ("Learned price against truthful price", price_scatter_svg(data["critical"], data["learned"])),
+    ]  # fmt: skip
+
+
+def candidate_page(run_dir: Path) -> str:
+    """The evaluation as one HTML page."""
+    return page("Candidate on the test days", candidate_sections(run_dir))
+
+
+def publish_embeddings(run_dir: Path, home: Path, tag: str) -> tuple[Path, int]:
+    """Write the ad states of the run's bundle to the offline view `ad_embeddings`; returns the file and the number of ads."""
+    import torch
+
+    from features.store import publish_ad_embeddings
+    from model.training.data import Samples
+
+    key = signing_key(home.parent)
+    manifest = verify_bundle(run_dir / "bundle", key)
+    if tag.split(":")[-1] != manifest["version"]:
+        raise BundleError(f"bundle {manifest['version']} in {run_dir} is not the approved {tag}")
+    bundle, samples = load_bundle(run_dir / "bundle", key), Samples(run_dir / "samples")
+    fields = torch.from_numpy(np.array(samples.ad_fields)).long()
+    active = np.isfinite(samples.bid[-1])
+    states = np.zeros((len(fields), bundle.network.config.width), np.float32)
+    with torch.inference_mode():
+        for city in np.unique(samples.city_code):
+            rows = np.flatnonzero((np.asarray(samples.ad_city) == city) & active)
+            if len(rows):
+                states[rows] = bundle.network.city_states(fields[rows].unsqueeze(0), torch.ones(1, len(rows), dtype=torch.bool))[0].numpy()
+    when = datetime.fromtimestamp(int(np.max(samples.time)), UTC)
+    return publish_ad_embeddings(home, np.asarray(samples.ad_id)[active], states[active], manifest["version"], when), int(active.sum())

@@ -1,0 +1,84 @@
+"""The run's report: one self-contained HTML page, metrics.json for machines, and the lines at the end of `ega run`."""
+
+from __future__ import annotations
+
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+from components.candidate import candidate_sections
+from model.bundle import write_atomic
+from model.evaluation.plots import curve_svg, number, page, table
+from model.training.run import STAGES
+
+
+def _lift(entry: dict[str, Any]) -> str:
+    return f"{100 * entry['lift']:+.1f} % ({100 * entry['low']:+.1f} to {100 * entry['high']:+.1f})"
+
+
+def _truth_sections(truth: dict[str, Any]) -> list[tuple[str, str]]:
+    policies = [tuple([name, *values.values()]) for name, values in truth["policies"].items()]
+    header = ("policy / prices", *next(iter(truth["policies"].values())))
+    lifts = [(e["treatment"], e["control"], e["metric"], _lift(e)) for e in truth["lifts"]]
+    return [
+        ("The market's hidden truth about the replayed pages", table(header, [tuple(map(_flat, row)) for row in policies])),
+        ("True lifts on the same requests (95 % interval, clustered by user)", table(("policy", "against", "measure per request", "lift"), lifts)),
+    ]
+
+
+def _flat(value: Any) -> Any:
+    if isinstance(value, dict | list | tuple):
+        items = value.values() if isinstance(value, dict) else value
+        return " to ".join(number(x) for x in items)
+    return value
+
+
+def write_report(run_dir: Path, logs: Path, summary: dict[str, Any]) -> Path:
+    """Write `report.html` and `metrics.json` of a judged run; returns the page."""
+    metrics = json.loads((run_dir / "evaluation" / "metrics.json").read_text())
+    validation = json.loads((run_dir / "validation" / "validation.json").read_text())
+    colour = "good" if summary["approved"] else "bad"
+    lead = f'<p class="verdict"><span class="{colour}">{"Approved" if summary["approved"] else "Rejected"}</span> {html.escape(_reason(metrics, summary))}</p>'
+    sections = candidate_sections(run_dir)
+    if summary.get("truth"):
+        sections[2:2] = _truth_sections(summary["truth"])
+    if (run_dir / "evaluation" / "baselines.json").is_file():
+        rows = json.loads((run_dir / "evaluation" / "baselines.json").read_text())
+        sections.insert(2, ("Ranking against counting baselines", table(("model", "AUC, sampled candidates", "Recall@50, whole city"), [(r["model"], r["auc"], r["recall"]) for r in rows])))
+    if "experiment" in summary:
+        sections.insert(1, ("Experiment", '<p><a href="experiment/report.html">A/B test on live traffic</a></p>'))
+    for stage in STAGES:
+        sections.append((f"Training: {stage}", curve_svg(json.loads((run_dir / "stages" / stage / "result.json").read_text()))))
+    rows = ", ".join(f"{count:,} {name}" for name, count in validation["statistics"]["rows"].items())
+    sections.append(("Data", f'<p>{html.escape(rows)}; {validation["laws"]} rules checked. <a href="validation/validation.html">Data docs</a></p>'))
+    path = run_dir / "report.html"
+    write_atomic(path, page(f"EGA run {run_dir.name}", sections, lead).encode())
+    write_atomic(run_dir / "metrics.json", json.dumps({**metrics, **summary}, indent=1, default=float).encode())
+    return path
+
+
+def _reason(metrics: dict[str, Any], summary: dict[str, Any]) -> str:
+    if summary["approved"]:
+        return "; ".join(gate["reason"] for gate in metrics["gates"])
+    return str(summary["verdict"]).removeprefix("rejected: ")
+
+
+def result_lines(run_dir: Path, summary: dict[str, Any]) -> list[str]:
+    """The results table for the terminal."""
+    metrics = json.loads((run_dir / "evaluation" / "metrics.json").read_text())
+    mode, ranking = metrics["price_mode"], metrics["ranking"]
+    recall = next(value for name, value in ranking.items() if name.startswith("recall_at") and not name.endswith("interval"))
+    lines = [
+        "",
+        f"AUC (exposed + unexposed)     {number(ranking['auc'])}",
+        f"Recall@50 over the city       {number(recall)}",
+        f"AUC on exposed ads            set-aware {number(ranking['auc_exposed'])}, evaluator {number(ranking['auc_evaluator'])}",
+        f"calibration Dev               {number(ranking['dev'])}",
+        f"psi of {mode} prices".ljust(30) + number(metrics["psi"][mode]["psi_exact"]),
+        f"eRPM, test days               {number(metrics['policies'][f'ega_v1/{mode}']['erpm'])} (incumbent {metrics['incumbent']})",
+    ]
+    for entry in (summary.get("truth") or {}).get("lifts", []):
+        lines.append(f"true {entry['metric']}: {entry['treatment']} over {entry['control']}".ljust(58) + _lift(entry))
+    lines += [f"gate {gate['name']}".ljust(30) + ("approved  " if gate["approved"] else "REJECTED  ") + gate["reason"] for gate in metrics["gates"]]
+    return lines

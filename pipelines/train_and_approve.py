@@ -1,0 +1,90 @@
+"""The training pipeline: validated logs to an approved (or rejected) model. Compiled to train_and_approve.yaml beside this file."""
+
+from kfp import dsl, kubernetes
+
+from components.approve_model.component import approve_model
+from components.build_features.component import build_features
+from components.evaluate_candidate.component import evaluate_candidate
+from components.publish_ad_embeddings.component import publish_ad_embeddings
+from components.reject_candidate.component import reject_candidate
+from components.sample_requests.component import sample_requests
+from components.train_stage.component import train_stage
+from components.validate_logs.component import validate_logs
+
+VOLUME, MOUNT = "ega-runs", "/ega"
+"""The claim that holds EGA_HOME, logs and runs on a cluster; paths given to the pipeline lie under MOUNT."""
+
+SECRET, SECRET_KEY = "ega-signing-key", "key"  # noqa: S105 - the name of a secret
+"""Kubernetes secret with the signing key as hex."""
+
+
+def _place(task: dsl.PipelineTask, cpu: str, memory: str, retries: int = 2) -> dsl.PipelineTask:
+    """Resource requests, retries, volume and signing key of a step; ignored by local runs."""
+    task.set_cpu_request(cpu).set_cpu_limit(cpu).set_memory_request(memory).set_memory_limit(memory)
+    task.set_retry(num_retries=retries, backoff_duration="30s", backoff_factor=2.0)
+    kubernetes.mount_pvc(task, pvc_name=VOLUME, mount_path=MOUNT)
+    kubernetes.use_secret_as_env(task, secret_name=SECRET, secret_key_to_env={SECRET_KEY: "EGA_SIGNING_KEY"})
+    for name, value in (("DO_NOT_TRACK", "1"), ("BENTOML_DO_NOT_TRACK", "True"), ("GX_ANALYTICS_ENABLED", "false"), ("OMP_WAIT_POLICY", "PASSIVE")):
+        task.set_env_variable(name, value)
+    return task
+
+
+@dsl.pipeline(name="train-and-approve", description="Validate logs, build features, train EGA-V1 in four stages, gate it, approve it.")
+def train_and_approve(
+    logs: str,
+    run_dir: str,
+    home: str,
+    validation: str,
+    behaviours: int,
+    sampling: str,
+    network: str,
+    training: str,
+    candidate: str,
+    seed: int,
+    code_version: str,
+) -> str:
+    """From a folder of logs to a verdict.
+
+    Args:
+        logs: Folder of logs.
+        run_dir: Folder of this run.
+        home: State of the configuration: feature store, model store, accepted figures.
+        validation: ValidationConfig as JSON.
+        behaviours: L, behaviours kept per user.
+        sampling: SamplingConfig as JSON.
+        network: NetworkConfig as JSON.
+        training: TrainingConfig as JSON.
+        candidate: CandidateConfig as JSON.
+        seed: Seed of sampling and initialisation.
+        code_version: Hash of the code.
+
+    Returns:
+        The approved model's tag, or "rejected: reason".
+    """
+    valid = _place(validate_logs(logs=logs, run_dir=run_dir, home=home, config=validation, code_version=code_version), "2", "8G", retries=0)
+    built = _place(build_features(logs=logs, home=home, behaviours=behaviours, data_hash=valid.outputs["Output"], code_version=code_version), "2", "16G")
+    sampled = _place(
+        sample_requests(logs=logs, home=home, run_dir=run_dir, config=sampling, seed=seed, as_of=built.outputs["Output"], code_version=code_version), "2", "16G"
+    )
+    previous = ""
+    for stage in ("pretrain", "reward", "evaluation", "rlaf", "payment"):
+        trained = train_stage(
+            stage=stage, samples=sampled.outputs["Output"], run_dir=run_dir, network=network, training=training, seed=seed, previous=previous,
+            code_version=code_version,
+        )  # fmt: skip
+        previous = _place(trained, "8", "32G").set_display_name(f"train {stage}").outputs["Output"]
+    judged = _place(
+        evaluate_candidate(
+            samples=sampled.outputs["Output"], run_dir=run_dir, home=home, config=candidate, seed=seed, weights=previous, code_version=code_version
+        ),
+        "8",
+        "32G",
+    )
+    # A verdict depends on the store and a rejection must stay a rejection: never taken from a cache.
+    judged.set_caching_options(False)
+    with dsl.If(judged.outputs["Output"] == True, name="approved"):  # noqa: E712 - KFP compiles the comparison
+        tag = _place(approve_model(run_dir=run_dir, home=home, code_version=code_version), "1", "4G").set_caching_options(False)
+        published = _place(publish_ad_embeddings(run_dir=run_dir, home=home, tag=tag.output, code_version=code_version), "2", "8G")
+    with dsl.Else():
+        rejected = reject_candidate(reason=judged.outputs["reason"])
+    return dsl.OneOf(published.outputs["Output"], rejected.output)
