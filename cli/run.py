@@ -97,7 +97,7 @@ def _run(config: RunConfig, run_dir: Path, data: Path | None, logs: Path | None,
                 logs = _simulate(config, run_dir, data)
             step += 1
             _section(step, total, "pipeline train-and-approve: validate, features, samples, four training stages, gates")
-            verdict = run_pipeline(config, logs, run_dir, home)
+            verdict = run_pipeline(config, logs, run_dir, home, fresh=simulated)
             truth = _truth(run_dir) if simulated else None
             approved = not verdict.startswith("rejected")
             summary: dict[str, Any] = {"verdict": verdict, "approved": approved, "truth": truth}
@@ -199,7 +199,9 @@ def _explain_failure(run_dir: Path, error: Exception) -> int:
             print(f"  {failure['message']}", file=sys.stderr)
         print(f"all checks: {run_dir / 'validation' / 'validation.html'}", file=sys.stderr)
         return REFUSED
-    print(f"error: {error}\nthe step's own message stands above; go on with: ega run --resume {run_dir.name}", file=sys.stderr)
+    log = run_dir / "pipeline.log"
+    tail = log.read_text(errors="replace").splitlines()[-30:] if log.is_file() else []
+    print("\n".join(["", *tail, f"error: {error}", f"whole log: {log}", f"go on with: ega run --resume {run_dir.name}"]), file=sys.stderr)
     return FAILED
 
 

@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from model.bundle import BundleError, load_bundle, signing_key, verify_bundle
 from model.ega_v1.network import NetworkConfig
-from model.evaluation.evaluate import bundle_candidate, evaluate_candidate
+from model.evaluation.evaluate import bundle_candidate, evaluate_candidate, finite_only
 from model.evaluation.gates import GateConfig
 from model.evaluation.plots import calibration_svg, page, price_scatter_svg, roc_curve, roc_svg, table
 from model.evaluation.replay import EvaluationConfig, Incumbent
@@ -36,17 +36,17 @@ class CandidateConfig:
 
 def find_incumbent(home: Path, key: bytes) -> Incumbent | None:
     """The newest approved model of a home, or None when nothing was approved yet. A damaged store raises."""
-    from serving.store import MODEL_NAME, newest_approved
+    from serving.store import find_newest_approved
 
-    if not (home / "bentoml" / "models" / MODEL_NAME).is_dir():
+    approved = find_newest_approved(home, key)
+    if approved is None:
         return None
-    approved = newest_approved(home, key)
     bundle = load_bundle(approved.folder, key)
     mode = "learned" if approved.price_mode == "learned" else "critical"
     return Incumbent(bundle.network, bundle.vocabulary["tables"], mode, approved.version)
 
 
-def judge_candidate(samples: Path, run_dir: Path, home: Path, config: str, seed: int, weights: str, code_version: str) -> dict[str, Any]:
+def judge_candidate(samples: Path, logs: Path, run_dir: Path, home: Path, config: str, seed: int, weights: str, code_version: str) -> dict[str, Any]:
     """Replay, bundle, sign. Returns the metrics with `approved` and `reason`; a rejected candidate gets its record too."""
     from serving.store import write_gate_record
 
@@ -60,6 +60,7 @@ def judge_candidate(samples: Path, run_dir: Path, home: Path, config: str, seed:
     metrics = evaluate_candidate(
         samples, run_dir / "stages", parsed.network, parsed.training, parsed.evaluation, parsed.gates, run_dir / "evaluation", seed, incumbent
     )
+    counting_baselines(logs, samples, run_dir, parsed, seed)
     info = json.loads((samples / "samples.json").read_text())
     provenance = {"run": run_dir.name, "data_hash": info["data_hash"], "code_version": code_version, "seed": seed}
     version = bundle_candidate(samples, run_dir / "stages", parsed.network, metrics, provenance, run_dir / "bundle", seed, key)
@@ -70,6 +71,56 @@ def judge_candidate(samples: Path, run_dir: Path, home: Path, config: str, seed:
     failed = [gate["reason"] for gate in metrics["gates"] if not gate["approved"]]
     reason = "; ".join(failed) if failed else "; ".join(gate["reason"] for gate in metrics["gates"])
     return {**metrics, "version": version, "reason": reason}
+
+
+def counting_baselines(logs: Path, samples_folder: Path, run_dir: Path, config: CandidateConfig, seed: int, most: int = 1000) -> list[dict[str, Any]]:
+    """AUC on sampled candidates and Recall@k over the whole city, of EGA-V1 and of counting baselines (EVALUATION.md, next-poi).
+
+    For validation and test days, at most `most` newest requests each. Counting scores use all behaviours before a request, not only the
+    L that the model reads, and ties go by popularity: the strongest form of each baseline. Writes <run_dir>/evaluation/baselines.json.
+    """
+    import torch
+
+    from marketplace.counting import SCORERS, popularity
+    from marketplace.logs import read_table
+    from marketplace.schema import TEST, VALIDATION
+    from model.bundle import write_atomic
+    from model.evaluation.metrics import auc, mean_and_interval, recall_at
+    from model.evaluation.replay import positions_of
+    from model.training.data import Samples
+    from model.training.run import STAGES, load_stage
+    from model.training.stages import encode_city, newest
+
+    samples = Samples(samples_folder)
+    network = load_stage(STAGES[-1], samples, config.network, run_dir / "stages", seed)
+    behaviours, requests = read_table(logs, "behaviours"), read_table(logs, "requests").set_index("request_id", drop=False)
+    ads = read_table(logs, "ads").drop_duplicates("ad_id").set_index("ad_id")
+    pois = ads.loc[np.asarray(samples.ad_id), "poi_id"].to_numpy()
+    k, batch = config.evaluation.recall_at, config.evaluation.batch
+    table: list[dict[str, Any]] = []
+    for split, name in ((VALIDATION, "validation"), (TEST, "test")):
+        rows = np.sort(newest(samples.split_rows(split), most))
+        asked = requests.loc[np.asarray(samples.request_id[rows])]
+        crowd = np.asarray(popularity(behaviours, asked, pois), np.float64)
+        scores = {label: scorer(behaviours, asked, pois) + (1e-6 * crowd / (crowd.max() + 1) if label != "popularity" else 0) for label, scorer in SCORERS.items()}
+        model = np.full(crowd.shape, -1.0)
+        for start in range(0, len(rows), batch):
+            pool = encode_city(network, samples, rows[start : start + batch], 1 << 30, 0, batch)
+            at = start + np.arange(len(pool.requests))[:, None]
+            real = pool.ad_rows >= 0
+            model[np.broadcast_to(at, real.shape)[real], pool.ad_rows[real]] = torch.sigmoid(pool.click).numpy()[real]
+        candidate = np.asarray(samples.candidate[rows])
+        active = np.stack([np.isfinite(samples.bid[d]) & (np.asarray(samples.ad_city) == c) for d, c in zip(samples.day[rows], samples.city_code[rows], strict=True)])
+        clicks, users = np.asarray(samples.click[rows]), np.asarray(samples.user_id[rows])
+        for label, score in {**scores, "ega_v1": model}.items():
+            inside = candidate >= 0
+            picked = np.take_along_axis(score, np.maximum(candidate, 0), 1)
+            recalls = recall_at(np.where(active, score, -np.inf), [positions_of(np.arange(len(pois)), np.asarray(t)) for t in samples.target[rows]], k)
+            kept = np.isfinite(recalls)
+            mean, low, high = mean_and_interval(recalls[kept], users[kept]) if kept.any() else (float("nan"),) * 3
+            table.append({"split": name, "model": label, "auc": auc(clicks[inside], picked[inside]), "recall": mean, "recall_interval": [low, high], "k": k})
+    write_atomic(run_dir / "evaluation" / "baselines.json", json.dumps(finite_only(table), indent=1).encode())
+    return table
 
 
 def flat_metrics(metrics: dict[str, Any]) -> dict[str, float]:

@@ -149,7 +149,7 @@ def generate(config: CheckinsConfig, clicks: ClickConfig, data: Path, seed: int)
         raise ValueError(f"{data}: every place is a private home or residential; there is nothing to advertise")
     poi_rows = np.sort(poi_rows[np.argsort(-popularity[poi_rows], kind="stable")[: config.max_ads]])
     brand = places["name"].astype("string").fillna("").iloc[poi_rows].to_numpy(object)
-    advertiser = pd.factorize(np.array([name or f"\0{row}" for name, row in zip(brand, poi_rows, strict=True)], object))[0]
+    advertiser = pd.factorize(np.array([name or f"#{row}" for name, row in zip(brand, poi_rows, strict=True)], object))[0]
     ads = build_ads(pois, poi_rows, advertiser, config.value_spread, rng, clicks)
     bid_DA = draw_bids(ads["value"].to_numpy(), len(log_days), config.bid_jitter, config.part_time_ads, rng)
     drift_DA = np.cumsum(clicks.day_drift * rng.standard_normal((len(log_days) + 1, len(ads))), axis=0)

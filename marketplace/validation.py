@@ -148,7 +148,13 @@ def laws_of(loaded: LoadedLogs, config: ValidationConfig, now: dt.datetime, acce
         laws.append(Law("tables-present", "files", (), "rows", f"no Parquet file <table>/day=YYYY-MM-DD/*.parquet of {', '.join(TABLES)} under the folder", "give the folder that holds the tables", low=1))
     look = Lookups(loaded, config, now)
     statistics, summary = compute(look, accepted)
-    kept = {(rule.table, rule.rule): np.asarray(rule.check(look), bool) for rule in ROW_RULES if look.has(*rule.needs)}
+    kept: dict[tuple[str, str], np.ndarray] = {}
+    for rule in ROW_RULES:
+        if look.has(*rule.needs):
+            try:
+                kept[rule.table, rule.rule] = np.asarray(rule.check(look), bool)
+            except Exception as error:  # whatever broken values do to a rule is a failure of the logs, not a traceback
+                statistics.cannot(f"{rule.table} {rule.rule}", error)
     for name in TABLES:
         laws += schema_laws(name, loaded.tables, config)
     for rule in ROW_RULES:

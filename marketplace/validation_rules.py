@@ -389,6 +389,11 @@ ROW_RULES = (
         lambda look: ~(look.tables["impressions"]["payment"] > look.tables["impressions"]["bid"]), (*_PAGE, "payment", "bid"),
     ),
     RowRule(
+        "payment-at-least-reserve", "impressions", ("impressions.payment", "impressions.ad_id", "ads.ad_id", "ads.reserve"), "payment below the catalogue's reserve of that ad and day",
+        "check the auction's price, ads.reserve, and the units of both", lambda look: ~(look.tables["impressions"]["payment"] < look.of_ad("reserve") - 1e-9), (*_PAGE, "ad_id", "payment"),
+        value=("reserve", lambda look: look.of_ad("reserve")),
+    ),
+    RowRule(
         "bids-match-catalogue", "impressions", ("impressions.bid", "impressions.ad_id", "ads.ad_id", "ads.bid"),
         "bid level: the logged bid is far from the catalogue's bid of that ad and day (multiplied, or another unit?)", "write bids in currency per click in both tables",
         lambda look: _near_one(bid_over_catalogue(look), look.config.bid_factor), (*_PAGE, "ad_id", "bid"), value=("bid_over_catalogue", bid_over_catalogue),

@@ -30,6 +30,11 @@ class Statistics:
         if math.isfinite(value):
             self.laws.append(Law(rule, "statistics", (figure,), "within", says, remedy, low=low, high=high, examples=examples))
 
+    def cannot(self, what: str, error: Exception) -> None:
+        """A rule that broken values keep from being computed is a failure too."""
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        self.add("rules-can-be-checked", f"{what} not computed", 1, 0, 0, f"{what} cannot be computed from these values ({reason})", "correct the other failures first; if there are none, report this")
+
     @property
     def frame(self) -> pd.DataFrame:
         return pd.DataFrame([self.figures or {"none": 0.0}])
@@ -40,7 +45,10 @@ def compute(look: Lookups, accepted: dict | None) -> tuple[Statistics, dict]:
     statistics = Statistics()
     for step, needs in _STEPS:
         if look.has(*needs):
-            step(look, statistics)
+            try:
+                step(look, statistics)
+            except Exception as error:  # whatever broken values do to a figure is a failure of the logs, not a traceback
+                statistics.cannot(step.__name__.strip("_"), error)
     summary = _summary(look)
     if accepted is not None:
         _against_accepted(look, statistics, summary, accepted)
@@ -98,9 +106,11 @@ def _clicks_in_behaviours(look: Lookups, statistics: Statistics) -> None:
     """If behaviours record ad clicks (any clicked impression is found there), nearly all must be, and as clicks."""
     shown, done = look.tables["impressions"], look.tables["behaviours"]
     rows = np.flatnonzero((shown["click"] == 1).to_numpy() & shown["click_timestamp"].notna().to_numpy() & (look.catalogue_rows >= 0))
+    if not len(rows):
+        return
     keys = ["user_id", "poi_id", "event_timestamp"]
-    clicks = pd.DataFrame({"user_id": look.ids("impressions.user_id")[rows], "poi_id": look.ids("ads.poi_id")[look.catalogue_rows[rows]], "event_timestamp": shown["click_timestamp"].to_numpy()[rows]})
-    recorded = pd.DataFrame({"user_id": look.ids("behaviours.user_id"), "poi_id": look.ids("behaviours.poi_id"), "event_timestamp": done["event_timestamp"].to_numpy(), "action": done["action"].to_numpy()})
+    clicks = pd.DataFrame({"user_id": look.ids("impressions.user_id")[rows], "poi_id": look.ids("ads.poi_id")[look.catalogue_rows[rows]], "event_timestamp": shown["click_timestamp"].iloc[rows].reset_index(drop=True)})
+    recorded = pd.DataFrame({"user_id": look.ids("behaviours.user_id"), "poi_id": look.ids("behaviours.poi_id"), "event_timestamp": done["event_timestamp"], "action": done["action"].to_numpy()})
     recorded = recorded[recorded["event_timestamp"] >= clicks["event_timestamp"].min()].sort_values("action", ascending=False).drop_duplicates(keys)
     clicks["row"] = rows
     clicks = clicks[clicks["event_timestamp"] <= recorded["event_timestamp"].max()]
@@ -134,10 +144,10 @@ def _behaviours_in_impressions(look: Lookups, statistics: Statistics) -> None:
     clicked = np.flatnonzero((shown["click"] == 1).to_numpy() & (look.catalogue_rows >= 0) & (look.request_rows >= 0))
     place = look.ids("ads.poi_id")[look.catalogue_rows[clicked]]
     by_session = pd.MultiIndex.from_arrays([known_sessions[look.request_rows[clicked]], place])
-    by_time = pd.MultiIndex.from_arrays([look.ids("impressions.user_id")[clicked], place, shown["click_timestamp"].to_numpy()[clicked]])
+    by_time = pd.MultiIndex.from_arrays([look.ids("impressions.user_id")[clicked], place, shown["click_timestamp"].iloc[clicked]])
     poi = look.ids("behaviours.poi_id")[rows]
     found = (session[rows] > 0) & pd.MultiIndex.from_arrays([session[rows], poi]).isin(by_session)
-    found |= pd.MultiIndex.from_arrays([look.ids("behaviours.user_id")[rows], poi, time.to_numpy()[rows]]).isin(by_time)
+    found |= pd.MultiIndex.from_arrays([look.ids("behaviours.user_id")[rows], poi, time.iloc[rows]]).isin(by_time)
     history_clicks = (is_click & (time < first).to_numpy()).any()
     if history_clicks and (~found).mean() > 0.5:
         return
@@ -203,11 +213,15 @@ _VARIES_DAILY = frozenset(
 
 
 def _cities(look: Lookups, statistics: Statistics) -> None:
-    """city_id may be constant in a one-city world, but not in one table while it varies in the others."""
-    counts = {table: look.tables[table]["city_id"].nunique() for table in ("ads", "users", "requests")}
+    """city_id may be constant in a one-city world, but then it is the same city in all tables."""
+    cities = {table: set(look.tables[table]["city_id"].dropna().unique().tolist()) for table in ("ads", "users", "requests")}
     allowed = {column.split(".")[0] for column in look.config.may_be_constant if column.endswith(".city_id")}
-    lost = [table for table, count in counts.items() if count == 1 and table not in allowed and max(counts.values()) > 1]
-    says = f"constant feature: city_id holds one value only in {', '.join(lost)} but varies in other tables"
+    lost = []
+    for table, own in cities.items():
+        others = set().union(*(values for other, values in cities.items() if other != table))
+        if len(own) == 1 and table not in allowed and (len(others) > 1 or not own & others):
+            lost.append(table)
+    says = f"constant feature: city_id holds one value only in {', '.join(lost)}, and other values in other tables"
     statistics.add("no-lost-cities", "tables_with_lost_cities", len(lost), 0, 0, says, "find out why the export lost it; if it is right, list the column under may_be_constant")
 
 

@@ -32,33 +32,32 @@ class Dice(nn.Module):
 
     def forward(self, x_BND: Tensor, mask_BN: Tensor | None = None) -> Tensor:
         if self.training and not self.frozen:
-            with torch.no_grad():
-                rows = x_BND.detach().float()
-                if mask_BN is None:
-                    rows = rows.reshape(-1, rows.shape[-1])
-                    mean, variance = rows.mean(0), rows.var(0, unbiased=False)
-                else:
-                    weight = mask_BN.unsqueeze(-1).to(rows.dtype)
-                    count = weight.sum().clamp(min=1.0)
-                    mean = (rows * weight).sum((0, 1)) / count
-                    variance = ((rows - mean).square() * weight).sum((0, 1)) / count
-                self.mean.lerp_(mean, self.momentum)
-                self.variance.lerp_(variance, self.momentum)
+            self._observe(x_BND.detach(), mask_BN)
         # The running statistics are used in training too: gradients then do not couple the requests of a batch, and
         # a request scores alike alone and in company.
         scale = torch.rsqrt(self.variance + self.epsilon)
         gate = torch.sigmoid((x_BND - self.mean) * scale)
         return x_BND * (self.alpha + gate * (1.0 - self.alpha))
 
+    @torch.no_grad()
+    def _observe(self, x_BND: Tensor, mask_BN: Tensor | None) -> None:
+        """Move the statistics towards this batch's real tokens; as two matrix-vector products, which is what they cost least as."""
+        rows = x_BND.reshape(-1, x_BND.shape[-1]).float()
+        weight = torch.ones(len(rows), device=rows.device) if mask_BN is None else mask_BN.expand(x_BND.shape[:2]).reshape(-1).float()
+        weight = weight / weight.sum().clamp(min=1.0)
+        mean = weight @ rows
+        variance = (weight @ rows.square() - mean.square()).clamp(min=0.0)
+        self.mean.lerp_(mean, self.momentum)
+        self.variance.lerp_(variance, self.momentum)
+
 
 def multi_head_attention(query_BND: Tensor, key_BMD: Tensor, value_BMD: Tensor, heads: int, mask_BM: Tensor | None = None) -> Tensor:
     """Softmax attention with `heads` heads of width D/H, scaled by sqrt(D/H) (Eq. 9 per head); returns [B, N, D]."""
     batch, tokens, width = query_BND.shape
     query, key, value = (x.reshape(x.shape[0], x.shape[1], heads, width // heads).transpose(1, 2) for x in (query_BND, key_BMD, value_BMD))
-    logits = query @ key.transpose(-1, -2) / math.sqrt(width // heads)
-    if mask_BM is not None:
-        logits = logits.masked_fill(~mask_BM[:, None, None, :], float("-inf"))
-    return (torch.softmax(logits, -1) @ value).transpose(1, 2).reshape(batch, tokens, width)
+    mask = None if mask_BM is None else mask_BM[:, None, None, :]
+    heads_BHNE = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    return heads_BHNE.transpose(1, 2).reshape(batch, tokens, width)
 
 
 @dataclass(frozen=True)

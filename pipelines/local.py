@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
-import logging
+import io
 import os
+import re
 import sys
+import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from pipelines.config import RunConfig, as_json
 from pipelines.version import code_version
@@ -34,8 +39,50 @@ def home_lock(home: Path) -> Iterator[None]:
         yield
 
 
-def run_pipeline(config: RunConfig, logs: Path, run_dir: Path, home: Path) -> str:
+_STEP = re.compile(r"Executing task \S*?'([^']+)'")
+_PROGRESS = re.compile(r"^\s*(\w[\w ]*:\s+\d+%\|.*)$")
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class StepConsole(io.TextIOBase):
+    """What kfp.local prints goes to a log file; the terminal gets one line a step, and the progress bars of training."""
+
+    def __init__(self, terminal: TextIO, log: TextIO) -> None:
+        self._terminal, self._log, self._line, self._bar = terminal, log, "", False
+
+    def write(self, text: str) -> int:
+        self._log.write(text)
+        *lines, self._line = (self._line + text).replace("\r", "\n").split("\n")
+        for line in lines:
+            plain = _COLOUR.sub("", line)
+            if found := _STEP.search(plain):
+                self._show(f"  {time.strftime('%H:%M:%S')}  {found[1]}")
+            elif found := _PROGRESS.match(plain):
+                self._progress(found[1])
+        return len(text)
+
+    def flush(self) -> None:
+        self._log.flush()
+        self._terminal.flush()
+
+    def _show(self, line: str) -> None:
+        self._terminal.write(("\n" if self._bar else "") + line + "\n")
+        self._bar = False
+        self.flush()
+
+    def _progress(self, bar: str) -> None:
+        if self._terminal.isatty():
+            self._terminal.write(f"\r            {bar[:110]:<110}")
+            self._bar = True
+            self.flush()
+        elif "100%" in bar:
+            self._show(f"            {bar}")
+
+
+def run_pipeline(config: RunConfig, logs: Path, run_dir: Path, home: Path, fresh: bool = False) -> str:
     """Run train_and_approve on a folder of logs; returns its verdict: an exact model tag, or "rejected: reason".
+
+    `fresh` empties the feature store first, so that nothing of an earlier simulated experiment is left in it.
 
     Steps run as subprocesses of this interpreter. Finished training stages are found again and unfinished ones resume from
     their checkpoints, so running this twice with one `run_dir` is how a run is resumed.
@@ -45,14 +92,15 @@ def run_pipeline(config: RunConfig, logs: Path, run_dir: Path, home: Path) -> st
 
     from pipelines.train_and_approve import train_and_approve
 
-    logging.getLogger("kfp").setLevel(logging.WARNING)
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(run_dir / "pipeline"), raise_on_error=True)
     try:
-        task = train_and_approve(
-            logs=str(logs), run_dir=str(run_dir), home=str(home), validation=as_json(config.validation), behaviours=config.features.behaviours,
-            sampling=as_json(config.sampling), network=as_json(config.network), training=as_json(config.training),
-            candidate=as_json(config.candidate), seed=config.seed, code_version=code_version(),
-        )  # fmt: skip
+        with open(run_dir / "pipeline.log", "a") as log, contextlib.redirect_stdout(StepConsole(sys.stdout, log)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # resource limits and images mean nothing to the local runner, and it says so for every step
+            task = train_and_approve(
+                    logs=str(logs), run_dir=str(run_dir), home=str(home), validation=as_json(config.validation), behaviours=config.features.behaviours, fresh=fresh,
+                    sampling=as_json(config.sampling), network=as_json(config.network), training=as_json(config.training),
+                    candidate=as_json(config.candidate), seed=config.seed, code_version=code_version(),
+                )  # fmt: skip
     except RuntimeError as error:
         raise PipelineFailed(str(error)) from error
     verdict = task.output

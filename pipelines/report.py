@@ -18,7 +18,7 @@ def _lift(entry: dict[str, Any]) -> str:
 
 
 def _truth_sections(truth: dict[str, Any]) -> list[tuple[str, str]]:
-    policies = [tuple([name, *values.values()]) for name, values in truth["policies"].items()]
+    policies = [(name, *values.values()) for name, values in truth["policies"].items()]
     header = ("policy / prices", *next(iter(truth["policies"].values())))
     lifts = [(e["treatment"], e["control"], e["metric"], _lift(e)) for e in truth["lifts"]]
     return [
@@ -45,7 +45,9 @@ def write_report(run_dir: Path, logs: Path, summary: dict[str, Any]) -> Path:
         sections[2:2] = _truth_sections(summary["truth"])
     if (run_dir / "evaluation" / "baselines.json").is_file():
         rows = json.loads((run_dir / "evaluation" / "baselines.json").read_text())
-        sections.insert(2, ("Ranking against counting baselines", table(("model", "AUC, sampled candidates", "Recall@50, whole city"), [(r["model"], r["auc"], r["recall"]) for r in rows])))
+        cells = [(r["split"], r["model"], r["auc"], r["recall"], _flat(r["recall_interval"])) for r in rows]
+        header = ("days", "model", "AUC, sampled candidates", f"Recall@{rows[0]['k']}, whole city", "95 % interval")
+        sections.insert(2, ("Ranking against counting baselines", table(header, cells)))
     if "experiment" in summary:
         sections.insert(1, ("Experiment", '<p><a href="experiment/report.html">A/B test on live traffic</a></p>'))
     for stage in STAGES:
@@ -64,20 +66,29 @@ def _reason(metrics: dict[str, Any], summary: dict[str, Any]) -> str:
     return str(summary["verdict"]).removeprefix("rejected: ")
 
 
+def recall_k(ranking: dict[str, Any]) -> int:
+    """k of the Recall@k that was measured."""
+    return next(int(name.removeprefix("recall_at_")) for name in ranking if name.startswith("recall_at_") and not name.endswith("interval"))
+
+
 def result_lines(run_dir: Path, summary: dict[str, Any]) -> list[str]:
     """The results table for the terminal."""
     metrics = json.loads((run_dir / "evaluation" / "metrics.json").read_text())
     mode, ranking = metrics["price_mode"], metrics["ranking"]
-    recall = next(value for name, value in ranking.items() if name.startswith("recall_at") and not name.endswith("interval"))
     lines = [
         "",
         f"AUC (exposed + unexposed)     {number(ranking['auc'])}",
-        f"Recall@50 over the city       {number(recall)}",
+        f"Recall@{recall_k(ranking)} over the city       {number(ranking[f'recall_at_{recall_k(ranking)}'])}",
         f"AUC on exposed ads            set-aware {number(ranking['auc_exposed'])}, evaluator {number(ranking['auc_evaluator'])}",
         f"calibration Dev               {number(ranking['dev'])}",
         f"psi of {mode} prices".ljust(30) + number(metrics["psi"][mode]["psi_exact"]),
         f"eRPM, test days               {number(metrics['policies'][f'ega_v1/{mode}']['erpm'])} (incumbent {metrics['incumbent']})",
     ]
+    baselines = run_dir / "evaluation" / "baselines.json"
+    if baselines.is_file():
+        lines += ["", f"{'ranking':<14}{'model':<16}{'AUC':>8}{'Recall@' + str(recall_k(ranking)):>12}"]
+        lines += [f"{r['split']:<14}{r['model']:<16}{number(r['auc']):>8}{number(r['recall']):>12}" for r in json.loads(baselines.read_text())]
+        lines.append("")
     for entry in (summary.get("truth") or {}).get("lifts", []):
         lines.append(f"true {entry['metric']}: {entry['treatment']} over {entry['control']}".ljust(58) + _lift(entry))
     lines += [f"gate {gate['name']}".ljust(30) + ("approved  " if gate["approved"] else "REJECTED  ") + gate["reason"] for gate in metrics["gates"]]

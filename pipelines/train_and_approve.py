@@ -36,6 +36,7 @@ def train_and_approve(
     home: str,
     validation: str,
     behaviours: int,
+    fresh: bool,
     sampling: str,
     network: str,
     training: str,
@@ -51,6 +52,7 @@ def train_and_approve(
         home: State of the configuration: feature store, model store, accepted figures.
         validation: ValidationConfig as JSON.
         behaviours: L, behaviours kept per user.
+        fresh: Start from an empty feature store: for simulated runs.
         sampling: SamplingConfig as JSON.
         network: NetworkConfig as JSON.
         training: TrainingConfig as JSON.
@@ -62,7 +64,7 @@ def train_and_approve(
         The approved model's tag, or "rejected: reason".
     """
     valid = _place(validate_logs(logs=logs, run_dir=run_dir, home=home, config=validation, code_version=code_version), "2", "8G", retries=0)
-    built = _place(build_features(logs=logs, home=home, behaviours=behaviours, data_hash=valid.outputs["Output"], code_version=code_version), "2", "16G")
+    built = _place(build_features(logs=logs, home=home, behaviours=behaviours, fresh=fresh, data_hash=valid.outputs["Output"], code_version=code_version), "2", "16G")
     sampled = _place(
         sample_requests(logs=logs, home=home, run_dir=run_dir, config=sampling, seed=seed, as_of=built.outputs["Output"], code_version=code_version), "2", "16G"
     )
@@ -75,7 +77,7 @@ def train_and_approve(
         previous = _place(trained, "8", "32G").set_display_name(f"train {stage}").outputs["Output"]
     judged = _place(
         evaluate_candidate(
-            samples=sampled.outputs["Output"], run_dir=run_dir, home=home, config=candidate, seed=seed, weights=previous, code_version=code_version
+            samples=sampled.outputs["Output"], logs=logs, run_dir=run_dir, home=home, config=candidate, seed=seed, weights=previous, code_version=code_version
         ),
         "8",
         "32G",

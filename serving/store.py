@@ -151,14 +151,20 @@ def approve_bundle(bundle_dir: Path, gate_record_path: Path, home: Path, key: by
 
 
 def newest_approved(home: Path, key: bytes) -> Approved:
-    """The entry approved last, verified anew; raises ApprovalError if there is none or it was altered.
+    """The entry approved last, verified anew; raises ApprovalError if there is none or it was altered."""
+    found = find_newest_approved(home, key)
+    if found is None:
+        raise ApprovalError(f"no approved model in {home / 'bentoml'}; run the pipeline until its gates approve one")
+    return found
+
+
+def find_newest_approved(home: Path, key: bytes) -> Approved | None:
+    """`newest_approved`, or None while nothing was approved; what a killed approval left behind is no approval.
 
     An altered newest entry is an error, never a reason to fall back to an older one silently.
     """
     entries = _approvals(home, key)
-    if not entries:
-        raise ApprovalError(f"no approved model in {home / 'bentoml'}; run the pipeline until its gates approve one")
-    return _check_entry(home, max(entries, key=lambda tag: entries[tag]["sequence"]), key)
+    return _check_entry(home, max(entries, key=lambda tag: entries[tag]["sequence"]), key) if entries else None
 
 
 def approved(home: Path, tag: str, key: bytes) -> Approved:

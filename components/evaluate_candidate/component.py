@@ -9,6 +9,7 @@ from components.image import IMAGE
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def evaluate_candidate(
     samples: str,
+    logs: str,
     run_dir: str,
     home: str,
     config: str,
@@ -24,6 +25,7 @@ def evaluate_candidate(
 
     Args:
         samples: Sample folder.
+        logs: Folder of validated logs, for the counting baselines.
         run_dir: Folder of the run; writes <run_dir>/evaluation, <run_dir>/bundle and <run_dir>/gate.json.
         home: State of the configuration; its newest approved model is the incumbent.
         config: CandidateConfig as JSON: network, training, evaluation and gates.
@@ -43,7 +45,7 @@ def evaluate_candidate(
 
     from components.candidate import candidate_page, flat_metrics, judge_candidate, roc_points
 
-    verdict = judge_candidate(Path(samples), Path(run_dir), Path(home), config, seed, weights, code_version)
+    verdict = judge_candidate(Path(samples), Path(logs), Path(run_dir), Path(home), config, seed, weights, code_version)
     Path(reason).write_text(verdict["reason"])
     Path(report.path).write_text(candidate_page(Path(run_dir)))
     flat = flat_metrics(verdict)

@@ -119,9 +119,9 @@ class RankingEngine:
         scaled = np.asarray(bids, np.float64) / unit
         pool = Pool(
             np.zeros(1, np.int64), h, user, click, purchase, torch.from_numpy(scaled).unsqueeze(0), torch.from_numpy(np.asarray(reserves, np.float64) / unit).unsqueeze(0),
-            torch.from_numpy(np.asarray(eligible, bool)).unsqueeze(0), np.arange(len(city.ad_ids))[None], np.array([unit]),
+            inputs.ad_mask, np.arange(len(city.ad_ids))[None], np.array([unit]),
         )  # fmt: skip
-        pages = allocate(self.network, pool, tie_key=city.tie_key, slots=wanted)
+        pages = allocate(self.network, pool, tie_key=city.tie_key, slots=wanted, eligible=np.asarray(eligible, bool)[None])
         kept = pages.pages[0] >= 0
         rows = pages.pages[0][kept]
         bid = np.asarray(bids, np.float64)[rows]

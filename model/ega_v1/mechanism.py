@@ -82,9 +82,13 @@ class Pages:
 
 
 @torch.no_grad()
-def allocate(network: EgaV1, pool: Pool, learned: bool = True, evaluator: Evaluator | None = None, tie_key: np.ndarray | None = None, slots: int | None = None) -> Pages:
+def allocate(
+    network: EgaV1, pool: Pool, learned: bool = True, evaluator: Evaluator | None = None, tie_key: np.ndarray | None = None, slots: int | None = None,
+    eligible: np.ndarray | None = None,
+) -> Pages:  # fmt: skip
     """Greedy pages with their thresholds and truthful prices. `learned=False` ranks by q*b (A = M = 0); `slots` < K fills the
-    first slots only, and the prices are those of an auction for these slots."""
+    first slots only, and the prices are those of an auction for these slots. `eligible` [B, N] filters the allocation and nothing
+    else: attention always sees `pool.mask`, so neither a filter nor a bid below its reserve can change an affinity."""
     q = torch.sigmoid(pool.click).double().numpy()
     bids, reserves = pool.bid.double().numpy(), pool.reserve.double().numpy()
     slots = slots or network.config.slots
@@ -92,7 +96,8 @@ def allocate(network: EgaV1, pool: Pool, learned: bool = True, evaluator: Evalua
         affinity_BNK, slopes_BNK = (x[..., :slots].double().numpy() for x in network.generator(pool.h, pool.mask, pool.user))
     else:
         affinity_BNK, slopes_BNK = np.zeros((*q.shape, slots)), np.ones((*q.shape, slots))
-    eligible = pool.mask.numpy() & (bids >= reserves) & (bids > 0)
+    allowed = pool.mask.numpy() if eligible is None else pool.mask.numpy() & eligible
+    eligible = allowed & (bids >= reserves) & (bids > 0)
     found = auctions.counterfactuals(q, bids, affinity_BNK, slopes_BNK, slots, eligible, tie_key)
     return price_pages(network, pool, found, q, bids, reserves, eligible, evaluator or network.evaluator)
 
@@ -112,7 +117,7 @@ def price_pages(
     at = {name: auctions.at_page(values, found.pages) for name, values in (("bid", bids), ("reserve", reserves), ("q", q))}
     # With b = infinity in slot l the price is what the step function gives there: evaluate it for every slot at once.
     critical, repaired = auctions.critical_prices(found.theta, ctr_moved, found.pages, at["bid"], at["reserve"])
-    critical_at = step_prices_everywhere(found.theta, ctr_moved, at["reserve"]) * shown[:, :, None]
+    critical_at = np.where(shown[:, :, None], step_prices_everywhere(found.theta, ctr_moved, at["reserve"]), 0.0)
     runner_up = auctions.runner_up_scores(q, bids, found.pages, eligible)
     gsp = auctions.gsp_prices(at["q"], at["bid"], runner_up, at["reserve"]) * shown
     return Pages(
@@ -185,7 +190,7 @@ def try_bids(pool: Pool, pages: Pages, trial_BKT: np.ndarray) -> Bidding:
     def pick(values: np.ndarray) -> np.ndarray:
         return np.where(won, np.take_along_axis(values, at, 2), 0.0)
 
-    theta = np.maximum(pick(np.where(np.isfinite(pages.theta), pages.theta, 0.0)), 0.0)
+    theta = np.maximum(pick(np.where(np.isfinite(pages.theta), pages.theta, 0.0)), 0.0)  # -inf: won at any bid
     bids = pool.bid.double().numpy()
     flat = np.maximum(pages.moved, 0).reshape(len(bids), -1)
     moved_bids = np.take_along_axis(bids, flat, 1).reshape(pages.moved.shape) * (pages.moved >= 0)

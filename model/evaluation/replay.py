@@ -20,7 +20,7 @@ from model.ega_v1.mechanism import PRICE_MODES, Pages, Pool, PriceMode, allocate
 from model.ega_v1.network import EgaV1
 from model.evaluation.metrics import auc, deviation, log_loss, mean_and_interval, recall_at
 from model.training.data import Samples
-from model.training.stages import encode_city, newest, pretrain_metrics
+from model.training.stages import encode_city, logged_pages, newest, pretrain_metrics
 
 
 @config_dataclass(frozen=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
@@ -155,13 +155,7 @@ def _logged(network: EgaV1, pool: Pool, samples: Samples, exposed: dict[str, lis
     """The pages that were really shown, read by the evaluators: calibration, and the incumbent of a first run."""
     slots = network.config.slots
     rows = pool.requests
-    shown_rows = np.asarray(samples.candidate[rows, :slots])
-    page = np.full(shown_rows.shape, -1)
-    for i in range(len(rows)):
-        for slot in np.flatnonzero(shown_rows[i] >= 0):
-            position = positions_of(pool.ad_rows[i], shown_rows[i, slot : slot + 1])
-            if len(position):
-                page[i, slot] = position[0]
+    page = logged_pages(pool, samples)
     tensor = torch.from_numpy(page)
     ctr = {}
     for name, evaluator in (("evaluator", network.evaluator), ("evaluation", network.evaluation_evaluator)):

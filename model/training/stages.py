@@ -35,6 +35,8 @@ class PretrainConfig(LoopConfig):
     """Weight of the auxiliary purchase task."""
     inclusion_correction: Literal["log_q", "none"] = "log_q"
     """How sampled unexposed candidates are corrected: subtract their log inclusion probability, or not at all."""
+    calibration_requests: int = Field(1500, ge=1)
+    """Newest training requests, seen among the whole city, on which the level of pCTR is set after training."""
 
 
 @config_dataclass(frozen=True, config=_STRICT)
@@ -43,6 +45,8 @@ class RewardConfig(LoopConfig):
 
     purchase_weight: float = Field(0.2, ge=0)
     """Weight of the purchase task."""
+    calibration_requests: int = Field(1500, ge=1)
+    """As in stage 1, for the evaluator's level."""
 
 
 @config_dataclass(frozen=True, config=_STRICT)
@@ -152,10 +156,52 @@ def pretrain(network: EgaV1, samples: Samples, config: PretrainConfig, folder: P
         with device.autocast():
             return pretrain_loss(network, samples.batch(chosen), config), {}
 
-    return run_stage(
+    result = run_stage(
         "pretrain", network, parameters, config, rows, step, lambda: pretrain_metrics(network, samples, check, config.batch), folder,
         {**fingerprint, "config": asdict(config)}, device,
-    )
+    )  # fmt: skip
+    with torch.no_grad():
+        shift = intercept_shift(network, samples, newest(rows, config.calibration_requests))
+        network.click_head.rest.layers[-1].bias += shift
+        network.unexposed_shift[0] -= shift
+    return result
+
+
+def intercept_shift(network: EgaV1, samples: Samples, rows: np.ndarray, evaluator: Evaluator | None = None, batch: int = 32) -> float:
+    """What to add to the click logits so that mean pCTR equals CTR on the exposed ads of `rows`, seen among the whole city.
+
+    Training sees sampled candidates, serving the whole city; that moves the level of q a little, and prices multiply q.
+    """
+    logits, clicks = [], []
+    for start in range(0, len(rows), batch):
+        pool = encode_city(network, samples, np.sort(rows)[start : start + batch], 1 << 30, 0, batch)
+        page = torch.from_numpy(logged_pages(pool, samples))
+        if evaluator is None:
+            logit = torch.gather(pool.click, 1, page.clamp(min=0))
+        else:
+            with torch.no_grad():
+                logit, _ = network.page_logits(pool.h, pool.user, pool.click, pool.purchase, page, evaluator)
+        logits.append(logit[page >= 0].double().numpy())
+        clicks.append(np.asarray(samples.click[pool.requests, : samples.slots])[(page >= 0).numpy()])
+    z, rate = np.concatenate(logits), float(np.concatenate(clicks).mean())
+    if not 0.0 < rate < 1.0:
+        return 0.0
+    low, high = -20.0, 20.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if float(np.mean(1 / (1 + np.exp(-(z + middle))))) < rate else (low, middle)
+    return (low + high) / 2
+
+
+def logged_pages(pool: Pool, samples: Samples) -> np.ndarray:
+    """Candidate positions [B, K] of the pages that were really shown; -1 where a slot was empty."""
+    shown = np.asarray(samples.candidate[pool.requests, : samples.slots])
+    page = np.full(shown.shape, -1)
+    for i, rows in enumerate(pool.ad_rows):
+        real = rows[rows >= 0]
+        at = np.minimum(np.searchsorted(real, shown[i]), len(real) - 1)
+        page[i] = np.where((shown[i] >= 0) & (real[at] == shown[i]), at, -1)
+    return page
 
 
 def newest(rows: np.ndarray, count: int) -> np.ndarray:
@@ -281,7 +327,10 @@ def train_reward(
     def validate() -> dict[str, float]:
         return reward_metrics(evaluator, check)
 
-    return run_stage(which, network, parameters, config, np.arange(len(rows)), step, validate, folder, {**fingerprint, "config": asdict(config)}, device)
+    result = run_stage(which, network, parameters, config, np.arange(len(rows)), step, validate, folder, {**fingerprint, "config": asdict(config)}, device)
+    with torch.no_grad():
+        evaluator.click.layers[-1].bias += intercept_shift(network, samples, newest(rows, config.calibration_requests), evaluator)
+    return result
 
 
 def _masked_bce(logit: Tensor, label: Tensor, mask: Tensor) -> Tensor:

@@ -212,6 +212,29 @@ def test_a_flipped_byte_anywhere_is_noticed(seed, clean, tmp_path):
     assert path.relative_to(logs).as_posix() in set(found.loc[found["changed"] != "", "file"])
 
 
+def test_no_clicks_at_all_is_a_failure_and_no_traceback(clean, tmp_path):
+    logs = tmp_path / "logs"
+    shutil.copytree(clean, logs)
+    rewrite(logs, "impressions", lambda frame, _: frame.assign(click=np.int32(0), click_timestamp=frame["click_timestamp"].where(frame["slot"] < 0)), np.random.default_rng(0))
+    frames, laws, _ = laws_of(load_logs(logs), ValidationConfig(), dt.datetime.now(dt.UTC), None)
+    rules = {verdict.law.rule for verdict in run_suites(frames, [law for law in laws if law.kind in ("within", "varies")]) if not verdict.kept}
+    assert rules == {"no-constant-features", "no-flipped-labels", "no-click-without-impression"}
+
+
+def test_a_rule_that_cannot_be_computed_is_a_failure(clean, monkeypatch):
+    from marketplace import validation, validation_rules
+
+    def fails(look):
+        raise TypeError("no such comparison")
+
+    rule = dataclasses.replace(validation_rules.ROW_RULES[0], check=fails)
+    monkeypatch.setattr(validation, "ROW_RULES", (rule,))
+    frames, laws, _ = laws_of(load_logs(clean), ValidationConfig(), dt.datetime.now(dt.UTC), None)
+    broken = [verdict.law for verdict in run_suites(frames, [law for law in laws if law.kind == "within"]) if not verdict.kept]
+    assert [law.rule for law in broken] == ["rules-can-be-checked"]
+    assert "no such comparison" in broken[0].says
+
+
 def test_a_folder_that_is_no_day_and_a_broken_manifest_are_named(clean, tmp_path):
     logs = tmp_path / "logs"
     shutil.copytree(clean, logs)
