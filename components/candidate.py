@@ -145,13 +145,17 @@ def roc_points(run_dir: Path, points: int = 100) -> tuple[list[float], list[floa
     return fpr[pick].tolist(), tpr[pick].tolist(), threshold[pick].tolist()
 
 
-def candidate_sections(run_dir: Path) -> list[tuple[str, str]]:
-    """(heading, HTML) pieces about a judged candidate: gates, what moved, policies, prices, calibration, ROC."""
+def candidate_sections(run_dir: Path, truth: dict[str, Any] | None = None) -> list[tuple[str, str]]:
+    """(heading, HTML) pieces about a judged candidate: gates, what moved (also in the market's truth, where there is one),
+    policies, prices, calibration, ROC."""
     metrics = json.loads((run_dir / "evaluation" / "metrics.json").read_text())
     data = _plots(run_dir)
     mode = metrics["price_mode"]
     gates = [(g["name"].replace("_", " "), "approved" if g["approved"] else "rejected", g["reason"]) for g in metrics["gates"]]
     moved = [(m["stage"], m["what"], m["where"], m["before"], m["after"], "yes" if m["improved"] else "no") for m in metrics["moved"]]
+    for rule in ("critical", "gsp") if truth else ():
+        before, after = (truth["policies"][f"{policy}/{rule}"]["erpm_per_1000_requests"]["mean"] for policy in ("separable", "ega_v1"))
+        moved.append(("rlaf", f"TRUE eRPM at {rule} prices: q*b ranking (affinity zero), generator", "test, market truth", before, after, "yes" if after > before else "no"))
     policies = [
         (name, p["ectr_percent"], p["erpm"], f"{p['erpm_interval'][0]:.4g} to {p['erpm_interval'][1]:.4g}", p["bid_value_per_1000"])
         for name, p in metrics["policies"].items()

@@ -213,7 +213,8 @@ def distance_km(latitude_a: np.ndarray, longitude_a: np.ndarray, latitude_b: np.
     """Great-circle distance in kilometres (haversine), broadcasting."""
     lat_a, lon_a, lat_b, lon_b = (np.radians(np.asarray(x, np.float64)) for x in (latitude_a, longitude_a, latitude_b, longitude_b))
     half = np.sin((lat_b - lat_a) / 2) ** 2 + np.cos(lat_a) * np.cos(lat_b) * np.sin((lon_b - lon_a) / 2) ** 2
-    return 2 * EARTH_RADIUS_KM * np.arcsin(np.sqrt(np.clip(half, 0.0, 1.0)))
+    distance: np.ndarray = 2 * EARTH_RADIUS_KM * np.arcsin(np.sqrt(np.clip(half, 0.0, 1.0)))
+    return distance
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Encoded features and request samples: what `features/` writes and `model/` reads.

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
@@ -41,7 +42,7 @@ def canonical(payload: Any) -> bytes:
 def signing_key(ega_home: Path, create: bool = False) -> bytes:
     """The HMAC key: environment variable EGA_SIGNING_KEY (hex), else `<ega_home>/signing.key`."""
     if value := os.environ.get("EGA_SIGNING_KEY"):
-        return bytes.fromhex(value)
+        return _key_of(value, "EGA_SIGNING_KEY")
     path = Path(ega_home) / "signing.key"
     if not path.exists():
         if not create:
@@ -59,7 +60,18 @@ def signing_key(ega_home: Path, create: bool = False) -> bytes:
             pass
         finally:
             part.unlink()
-    return bytes.fromhex(path.read_text().strip())
+    return _key_of(path.read_text(), str(path))
+
+
+def _key_of(text: str, where: str) -> bytes:
+    """A key of at least 16 bytes from hex; an empty or damaged one would sign for everybody."""
+    try:
+        key = bytes.fromhex(text.strip())
+    except ValueError:
+        key = b""
+    if len(key) < 16:
+        raise BundleError(f"signing key in {where} must be at least 32 hex digits; restore it, or remove it and approve models anew")
+    return key
 
 
 def sign_json(payload: dict[str, Any], key: bytes) -> dict[str, Any]:
@@ -70,11 +82,15 @@ def sign_json(payload: dict[str, Any], key: bytes) -> dict[str, Any]:
 
 def verify_json(record: dict[str, Any], key: bytes) -> dict[str, Any]:
     """The payload of a signed record; raises BundleError when the signature is missing or wrong."""
-    body = {name: value for name, value in record.items() if name != "signature"}
-    signature = record.get("signature")
+    signature = record.get("signature") if isinstance(record, dict) else None
     if not isinstance(signature, str):
         raise BundleError("record is not signed")
-    if not hmac.compare_digest(signature, hmac.new(key, canonical(body), hashlib.sha256).hexdigest()):
+    body = {name: value for name, value in record.items() if name != "signature"}
+    try:
+        expected = hmac.new(key, canonical(body), hashlib.sha256).hexdigest()
+    except ValueError as error:  # NaN or infinity, which nobody here signs
+        raise BundleError(f"record cannot have been signed: {error}") from error
+    if not hmac.compare_digest(signature.encode("utf-8", "replace"), expected.encode()):
         raise BundleError("signature does not match: the record was altered after it was signed, or signed with another key")
     return body
 
@@ -146,12 +162,23 @@ def write_bundle(
     return digest[:12]
 
 
+def _check_names(folder: Path) -> None:
+    """Every file of a bundle is there and plain. Others (the model store adds its own) are never opened."""
+    for name in (*FILES, "manifest.json"):
+        path = folder / name
+        if path.is_symlink() or not path.is_file():
+            raise BundleError(f"bundle {folder}: {name} is missing or not a plain file")
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise BundleError(f"bundle {folder}: {name} is larger than {MAX_FILE_BYTES} bytes")
+
+
 def verify_bundle(folder: Path, key: bytes) -> dict[str, Any]:
     """Check names, links, sizes, hashes and signature; returns the manifest or raises BundleError."""
     folder = Path(folder)
+    _check_names(folder)
     try:
         manifest = verify_json(json.loads((folder / "manifest.json").read_bytes()), key)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise BundleError(f"bundle {folder}: manifest.json cannot be read ({error.__class__.__name__})") from error
     if manifest.get("format") != 1 or manifest.get("kind") != KIND:
         raise BundleError(f"bundle {folder}: unknown format {manifest.get('format')!r} or kind {manifest.get('kind')!r}")
@@ -159,10 +186,7 @@ def verify_bundle(folder: Path, key: bytes) -> dict[str, Any]:
         raise BundleError(f"bundle {folder}: manifest lists {sorted(manifest['files'])}, expected {sorted(FILES)}")
     for name, expected in manifest["files"].items():
         path = folder / name
-        if path.is_symlink() or not path.is_file():
-            raise BundleError(f"bundle {folder}: {name} is missing or not a plain file")
-        size = path.stat().st_size
-        if size != expected["bytes"] or size > MAX_FILE_BYTES or sha256_of(path) != expected["sha256"]:
+        if path.stat().st_size != expected["bytes"] or sha256_of(path) != expected["sha256"]:
             raise BundleError(f"bundle {folder}: {name} is not the file that was signed (size or sha256 differs)")
     if manifest["version"] != manifest["files"]["model.safetensors"]["sha256"][:12]:
         raise BundleError(f"bundle {folder}: version {manifest['version']} does not belong to its weights")
@@ -177,9 +201,12 @@ def load_bundle(folder: Path, key: bytes) -> Bundle:
     for name, data in contents.items():  # what is parsed is what was hashed, even if the file changes meanwhile
         if hashlib.sha256(data).hexdigest() != manifest["files"][name]["sha256"]:
             raise BundleError(f"bundle {folder}: {name} changed while it was read")
-    config = json.loads(contents["config.json"])
-    network = EgaV1(TypeAdapter(NetworkConfig).validate_python(config["network"]), VocabularySizes(**config["sizes"]))
-    state = load_tensors(contents["model.safetensors"])
+    try:
+        config, vocabulary, gates = (json.loads(contents[name]) for name in ("config.json", "vocab.json", "gates.json"))
+        network = EgaV1(TypeAdapter(NetworkConfig).validate_python(config["network"]), VocabularySizes(**config["sizes"]))
+        state = load_tensors(contents["model.safetensors"])
+    except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:  # signed, yet not what this version writes
+        raise BundleError(f"bundle {folder}: cannot be read ({error.__class__.__name__}: {str(error).splitlines()[0]})") from error
     bad = [name for name, tensor in state.items() if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())]
     if bad:
         raise BundleError(f"bundle {folder}: weights are not finite: {', '.join(bad[:3])}")
@@ -188,5 +215,4 @@ def load_bundle(folder: Path, key: bytes) -> Bundle:
     except RuntimeError as error:
         raise BundleError(f"bundle {folder}: weights do not fit config.json: {str(error).splitlines()[-1].strip()}") from error
     network.eval()
-    gates = json.loads(contents["gates.json"])
-    return Bundle(manifest["version"], network, json.loads(contents["vocab.json"]), config, gates, manifest)
+    return Bundle(manifest["version"], network, vocabulary, config, gates, manifest)

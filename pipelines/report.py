@@ -19,7 +19,7 @@ def _lift(entry: dict[str, Any]) -> str:
 
 def _truth_sections(truth: dict[str, Any]) -> list[tuple[str, str]]:
     policies = [(name, *values.values()) for name, values in truth["policies"].items()]
-    header = ("policy / prices", *next(iter(truth["policies"].values())))
+    header = ("policy / prices", *(name.replace("_", " ") for name in next(iter(truth["policies"].values()))))
     lifts = [(e["treatment"], e["control"], e["metric"], _lift(e)) for e in truth["lifts"]]
     return [
         ("The market's hidden truth about the replayed pages", table(header, [tuple(map(_flat, row)) for row in policies])),
@@ -28,10 +28,9 @@ def _truth_sections(truth: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _flat(value: Any) -> Any:
-    if isinstance(value, dict | list | tuple):
-        items = value.values() if isinstance(value, dict) else value
-        return " to ".join(number(x) for x in items)
-    return value
+    if isinstance(value, dict):
+        return f"{number(value['mean'])} ({number(value['low'])} to {number(value['high'])})"
+    return " to ".join(number(x) for x in value) if isinstance(value, list | tuple) else value
 
 
 def write_report(run_dir: Path, logs: Path, summary: dict[str, Any]) -> Path:
@@ -40,7 +39,7 @@ def write_report(run_dir: Path, logs: Path, summary: dict[str, Any]) -> Path:
     validation = json.loads((run_dir / "validation" / "validation.json").read_text())
     colour = "good" if summary["approved"] else "bad"
     lead = f'<p class="verdict"><span class="{colour}">{"Approved" if summary["approved"] else "Rejected"}</span> {html.escape(_reason(metrics, summary))}</p>'
-    sections = candidate_sections(run_dir)
+    sections = candidate_sections(run_dir, summary.get("truth"))
     if summary.get("truth"):
         sections[2:2] = _truth_sections(summary["truth"])
     if (run_dir / "evaluation" / "baselines.json").is_file():

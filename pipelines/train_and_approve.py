@@ -18,10 +18,10 @@ SECRET, SECRET_KEY = "ega-signing-key", "key"  # noqa: S105 - the name of a secr
 """Kubernetes secret with the signing key as hex."""
 
 
-def _place(task: dsl.PipelineTask, cpu: str, memory: str, retries: int = 2) -> dsl.PipelineTask:
+def _place(task: dsl.PipelineTask, cpu: str, memory: str, retries: int = 1) -> dsl.PipelineTask:
     """Resource requests, retries, volume and signing key of a step; ignored by local runs."""
     task.set_cpu_request(cpu).set_cpu_limit(cpu).set_memory_request(memory).set_memory_limit(memory)
-    task.set_retry(num_retries=retries, backoff_duration="30s", backoff_factor=2.0)
+    task.set_retry(num_retries=retries, backoff_duration="10s", backoff_factor=2.0)
     kubernetes.mount_pvc(task, pvc_name=VOLUME, mount_path=MOUNT)
     kubernetes.use_secret_as_env(task, secret_name=SECRET, secret_key_to_env={SECRET_KEY: "EGA_SIGNING_KEY"})
     for name, value in (("DO_NOT_TRACK", "1"), ("BENTOML_DO_NOT_TRACK", "True"), ("GX_ANALYTICS_ENABLED", "false"), ("OMP_WAIT_POLICY", "PASSIVE")):

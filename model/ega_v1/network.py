@@ -80,8 +80,10 @@ class NetworkConfig:
     def __post_init__(self) -> None:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
-        if self.fusion == "mid" and not all(1 <= block <= self.blocks for block in self.fusion_after):
-            raise ValueError(f"fusion_after {self.fusion_after} names blocks outside 1..{self.blocks}")
+        if self.fusion == "mid" and not (self.fusion_after and all(1 <= block <= self.blocks for block in self.fusion_after)):
+            raise ValueError(f"fusion_after {self.fusion_after} must name blocks within 1..{self.blocks}; for no mid-fusion set fusion: late or din")
+        if not self.head_hidden or min(self.head_hidden) < 1:
+            raise ValueError(f"head_hidden {self.head_hidden} must name at least one hidden width, each above 0")
         if self.payment_inputs == "literal" and self.payment_form != "rate":
             raise ValueError("payment_inputs: literal has no critical price to scale; set payment_form: rate")
 
@@ -416,8 +418,8 @@ class EgaV1(nn.Module):
         self.click_head = SplitHead(config.width, config.head_hidden, prior)
         self.purchase_head = SplitHead(config.width, config.head_hidden, prior)
         self.cross = nn.Linear(CROSS_FEATURES, config.width) if config.cross_features else None
-        self.unexposed_shift = nn.Parameter(torch.zeros(2))
-        """Log-odds between "clicked or visited elsewhere" and "clicked when shown", for click and purchase."""
+        self.unexposed = nn.Parameter(torch.zeros(2, 2))
+        self.register_buffer("unexposed_start", torch.zeros(2))
         self.generator = Generator(config)
         self.evaluator = Evaluator(config)
         self.evaluation_evaluator = Evaluator(config)
@@ -446,6 +448,25 @@ class EgaV1(nn.Module):
         """Set-aware logits of click and purchase (Eq. 16), [B, N] each."""
         return self.click_head(h_BND, user_BD), self.purchase_head(h_BND, user_BD)
 
+    UNEXPOSED_GAIN = 10.0
+    """Adam moves a weight by about the learning rate a step; these scalars have further to go than that allows."""
+
+    def unexposed_logits(self, logit: Tensor, task: int) -> Tensor:
+        """Log-odds of "clicked or visited elsewhere in the session" from those of "clicked when shown"; task 0 click, 1 purchase.
+
+        An increasing line, slope and level learned: a habit makes a visit far more likely than it makes a click, so one
+        probability for both would promise clicks that never come.
+        """
+        slope = torch.exp(self.UNEXPOSED_GAIN * self.unexposed[task, 0])
+        return slope * logit + self.unexposed_start[task] + self.UNEXPOSED_GAIN * self.unexposed[task, 1]
+
+    @torch.no_grad()
+    def shift_click_level(self, shift: float) -> None:
+        """Add `shift` to every click logit without moving what is predicted of unexposed ads."""
+        slope = torch.exp(self.UNEXPOSED_GAIN * self.unexposed[0, 0])
+        self.click_head.rest.layers[-1].bias += shift
+        self.unexposed_start[0] -= slope * shift
+
     def page_logits(
         self, h_BND: Tensor, user_BD: Tensor, click_BN: Tensor, purchase_BN: Tensor, page_BK: Tensor, evaluator: Evaluator | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -470,7 +491,7 @@ class EgaV1(nn.Module):
             "payment": [self.payment],
         }
         parameters = [parameter for module in modules[stage] for parameter in module.parameters()]
-        return [*parameters, self.unexposed_shift] if stage == "pretrain" else parameters
+        return [*parameters, self.unexposed] if stage == "pretrain" else parameters
 
     def enter_stage(self, stage: str) -> list[nn.Parameter]:
         """Freeze all but the stage's parameters; returns those. Dice statistics move in pre-training and never again."""

@@ -71,7 +71,6 @@ def what_moved(stages: Path, metrics: dict[str, Any]) -> list[dict[str, Any]]:
         row("rlaf", "bid-weighted clicks per 1000 requests: q*b ranking, generator (evaluation evaluator)",
             policies["separable/critical"]["bid_value_per_1000"], policies["ega_v1/critical"]["bid_value_per_1000"], "higher", "test"),
         row("payment", "regret / utility of learned payments (psi)", pay_first["psi"], pay_best["psi"], "lower", "validation"),
-        row("payment", "learned revenue / truthful revenue", pay_first["revenue_share"], pay_best["revenue_share"], "higher", "validation"),
     ]  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], meta: d
     write_atomic(folder / name, data)
     failpoint("checkpoint.written")
     record = {"file": name, "sha256": hashlib.sha256(data).hexdigest(), "step": step, "meta": meta}
-    write_atomic(folder / "latest.json", json.dumps(record, indent=1).encode())
+    write_atomic(folder / "latest.json", json.dumps({**record, "check": _check_of(record)}, indent=1).encode())
     failpoint("checkpoint.pointed")
     for old in folder.glob("step-*.safetensors"):
         if old.name != name:
@@ -64,13 +64,24 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], meta: d
         left_over.unlink(missing_ok=True)
 
 
+def _check_of(record: dict[str, Any]) -> str:
+    """sha256 of the pointer's own content: its scalars decide how training goes on, as the tensors do."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
 def load_checkpoint(folder: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
     """The latest checkpoint, or None when there is none."""
     folder = Path(folder)
     pointer = folder / "latest.json"
     if not pointer.exists():
         return None
-    record = json.loads(pointer.read_text())
+    try:
+        record = json.loads(pointer.read_text())
+        whole = record.pop("check") == _check_of(record)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise CheckpointError(f"{pointer} is damaged; delete {folder} to train this stage anew")
     path = folder / record["file"]
     try:
         data = path.read_bytes()

@@ -77,6 +77,8 @@ class Device:
     def enter(self) -> None:
         """Fix threads and deterministic kernels for this process."""
         torch.set_num_threads(self.threads)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():  # torchrun
+            dist.init_process_group("gloo")
         if self.name.startswith("cuda"):
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -121,7 +123,8 @@ def run_stage(
     """
     if len(rows) == 0:
         raise ValueError(f"stage {stage}: no training requests; the logs need days with impressions before the validation days")
-    with stage_lock(folder):
+    with stage_lock(folder) if _rank() == 0 else nullcontext():
+        _barrier()  # the first process holds the lock for all: whatever was written by a killed run lies still now
         start_sha = hashlib.sha256(state_bytes(network)).hexdigest()
         identity = hashlib.sha256(json.dumps({**fingerprint, "start": start_sha, "stage": stage}, sort_keys=True, default=str).encode()).hexdigest()
         optimiser = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
@@ -140,6 +143,7 @@ def run_stage(
             noise.set_state(tensors["noise"])
             for name, value in extra_state.items():
                 value.copy_(tensors[f"extra.{name}"])
+        _barrier()  # all have read the checkpoint before the first process replaces it
 
         def save() -> None:
             tensors = {f"network.{name}": value for name, value in network.state_dict().items()}
@@ -179,6 +183,7 @@ def run_stage(
                 if not bool(torch.isfinite(norm)):
                     raise FloatingPointError(f"stage {stage}: gradient is not finite at step {state['step']} (loss {float(loss.detach())}); lower the learning rate")
                 optimiser.step()
+                _average_state([*network.buffers(), *extra_state.values()])
                 state["step"] += 1
                 state["loss"].append(float(loss.detach()))
                 bar.update()
@@ -193,6 +198,8 @@ def run_stage(
             state["done"] = True
             if _rank() == 0:
                 save()
+        if not best:
+            raise ValueError(f"stage {stage}: no validation gave a finite score; the validation days need pages with and without clicks: {state['history'][-1]}")
         network.load_state_dict(best)
         network.eval()
         digest = hashlib.sha256(state_bytes(network)).hexdigest()
@@ -230,6 +237,20 @@ def _average_gradients(parameters: list[torch.nn.Parameter]) -> None:
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad)
             parameter.grad /= _world()
+
+
+def _average_state(tensors: list[Tensor]) -> None:
+    """Data parallel: running statistics and multipliers become the mean of the processes', so that all validate the same network."""
+    if _world() > 1:
+        for tensor in tensors:
+            if tensor.is_floating_point():
+                dist.all_reduce(tensor)
+                tensor /= _world()
+
+
+def _barrier() -> None:
+    if _world() > 1:
+        dist.barrier()
 
 
 def file_identity(path: Path) -> str:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from pydantic import TypeAdapter
 from safetensors.torch import load as load_tensors
 
+from marketplace import schema
 from model.bundle import sha256_of, state_bytes, write_atomic
 from model.ega_v1.network import EgaV1, NetworkConfig
 from model.training.data import Samples
@@ -49,6 +50,9 @@ def train_stage(
     where = Device(device, config.threads)
     where.enter()
     samples = Samples(samples_folder)
+    for split, name in ((schema.TRAIN, "training"), (schema.VALIDATION, "validation")):
+        if len(samples.split_rows(split)) == 0:
+            raise ValueError(f"stage {stage}: {samples_folder} has no {name} requests that showed an ad; log more days or move the split days")
     network = build_network(network_config, samples, seed)
     if stage in PREVIOUS:
         network.load_state_dict(load_tensors((Path(out) / PREVIOUS[stage] / "model.safetensors").read_bytes()))
@@ -61,6 +65,8 @@ def train_stage(
     if not dist.is_initialized() or dist.get_rank() == 0:
         write_atomic(folder / "model.safetensors", weights)
         write_atomic(folder / "result.json", json.dumps(record, indent=1).encode())
+    if dist.is_initialized():
+        dist.barrier()  # the next stage reads these files in every process
     return StageFiles(folder / "model.safetensors", record)
 
 
@@ -84,8 +90,12 @@ def finished(folder: Path, fingerprint: dict[str, Any]) -> StageFiles | None:
     result, weights = folder / "result.json", folder / "model.safetensors"
     if not (result.is_file() and weights.is_file()):
         return None
-    record = json.loads(result.read_text())
-    return StageFiles(weights, record) if record["fingerprint"] == fingerprint and record["sha256"] == sha256_of(weights) else None
+    try:
+        record = json.loads(result.read_text())
+        same = record["fingerprint"] == fingerprint and record["sha256"] == sha256_of(weights)
+    except (ValueError, KeyError, TypeError):  # damaged: the last checkpoint gives the stage again
+        return None
+    return StageFiles(weights, record) if same else None
 
 
 def load_stage(stage: str, samples: Samples, network_config: NetworkConfig, out: Path, seed: int) -> EgaV1:

@@ -102,7 +102,7 @@ def build_network(config: NetworkConfig, samples: Samples, seed: int) -> EgaV1:
     shown, elsewhere = samples.prior_rates
     network = EgaV1(config, sizes, geo_table(samples.vocabulary, config.embedding, seed), prior_ctr=shown)
     with torch.no_grad():
-        network.unexposed_shift.copy_(torch.logit(torch.tensor(elsewhere)) - torch.logit(torch.tensor(shown)))
+        network.unexposed_start.fill_(float(torch.logit(torch.tensor(elsewhere)) - torch.logit(torch.tensor(shown))))
     return network
 
 
@@ -114,8 +114,9 @@ def pretrain_loss(network: EgaV1, batch: TrainingBatch, config: PretrainConfig) 
     """Eq. 20 over K exposed and N_s unexposed candidates, a mean over requests divided by K, with the purchase task.
 
     An unexposed candidate is in the sample with probability pi_i (if it was not chosen by the user) or 1 (if it was), so
-    its sampled log-odds exceed the true ones by -log pi_i; adding that to the logit leaves q calibrated. A learned shift
-    separates "clicked elsewhere" from "clicked when shown" (it starts at the ratio of the two base rates), so that q is the probability of a click *when shown*.
+    its sampled log-odds exceed the true ones by -log pi_i; adding that to the logit leaves q calibrated. A learned line
+    (`EgaV1.unexposed_logits`) separates "chosen elsewhere" from "clicked when shown", so that q is the probability of a click *when
+    shown*.
     """
     h, user = network.encode(batch.inputs)
     total: Tensor = h.new_zeros(())
@@ -123,8 +124,8 @@ def pretrain_loss(network: EgaV1, batch: TrainingBatch, config: PretrainConfig) 
     for index, (logit, label, weight) in enumerate(
         zip(network.heads(h, user), (batch.click, batch.purchase), (1.0, config.purchase_weight), strict=True)
     ):
-        offset = network.unexposed_shift[index] - (batch.log_inclusion if config.inclusion_correction == "log_q" else 0.0)
-        logit = torch.where(batch.exposed, logit, logit + offset)
+        correction = batch.log_inclusion if config.inclusion_correction == "log_q" else 0.0
+        logit = torch.where(batch.exposed, logit, network.unexposed_logits(logit, index) - correction)
         losses = F.binary_cross_entropy_with_logits(logit, label, reduction="none")
         total = total + weight * (losses * mask).sum() / (len(batch.requests) * network.config.slots)
     return total
@@ -160,10 +161,7 @@ def pretrain(network: EgaV1, samples: Samples, config: PretrainConfig, folder: P
         "pretrain", network, parameters, config, rows, step, lambda: pretrain_metrics(network, samples, check, config.batch), folder,
         {**fingerprint, "config": asdict(config)}, device,
     )  # fmt: skip
-    with torch.no_grad():
-        shift = intercept_shift(network, samples, newest(rows, config.calibration_requests))
-        network.click_head.rest.layers[-1].bias += shift
-        network.unexposed_shift[0] -= shift
+    network.shift_click_level(intercept_shift(network, samples, newest(rows, config.calibration_requests)))
     return result
 
 
@@ -371,11 +369,12 @@ def sample_page(score_BNK: Tensor, mask_BN: Tensor, noise: torch.Generator) -> t
     free = mask_BN
     page, log_probability, entropy = [], [], []
     for slot in range(score_BNK.shape[-1]):
-        logp = torch.log_softmax(score_BNK[..., slot].masked_fill(~free, float("-inf")), -1)
+        left = free.any(1, keepdim=True)  # a city with fewer ads than slots runs out: position -1, which nothing was learnt from
+        logp = torch.log_softmax(score_BNK[..., slot].masked_fill(~free & left, float("-inf")), -1)
         uniform = torch.rand(logp.shape, generator=noise).clamp(1e-12, 1 - 1e-7)
         choice = (logp.detach() - torch.log(-torch.log(uniform))).argmax(1)
-        page.append(choice)
-        log_probability.append(logp.gather(1, choice.unsqueeze(1)).squeeze(1))
+        page.append(torch.where(left[:, 0], choice, -1))
+        log_probability.append(logp.gather(1, choice.unsqueeze(1)).squeeze(1) * left[:, 0])
         entropy.append(-(logp.exp() * logp.masked_fill(~free, 0.0)).sum(1))
         free = free.scatter(1, choice.unsqueeze(1), False)
     return torch.stack(page, 1), torch.stack(log_probability, 1), torch.stack(entropy, 1).mean(1)
@@ -433,7 +432,8 @@ def marginal_rewards(network: EgaV1, batch: Pool, score: Tensor, page: Tensor) -
     """Eq. 22: value of the page minus the value of the page generated again without ad i; [B, K]."""
     without = []
     for slot in range(page.shape[1]):
-        banned = torch.zeros_like(batch.mask).scatter(1, page[:, slot : slot + 1], True)
+        shown = page[:, slot : slot + 1]
+        banned = torch.zeros_like(batch.mask).scatter(1, shown.clamp(min=0), shown >= 0)
         without.append(greedy_page(score, batch.mask, banned))
     values = page_values(network, batch, torch.stack([page, *without], 1), network.evaluator)
     return values[:, :1] - values[:, 1:]

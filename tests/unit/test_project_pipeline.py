@@ -1,0 +1,102 @@
+"""The compiled pipeline in the repository is what the code says, with what a cluster needs."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path, PurePosixPath
+
+import pytest
+import yaml
+
+from pipelines.arguments import pipeline_arguments
+from pipelines.compile import FOLDER
+from pipelines.config import load_run_config
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = {"reject-candidate"}
+"""Steps that only repeat a text: no volume, no secret, no resources of their own."""
+
+
+@pytest.fixture(scope="module")
+def documents():
+    spec, platform = yaml.safe_load_all((FOLDER / "train_and_approve.yaml").read_text())
+    return spec, platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+
+
+@pytest.fixture(scope="module")
+def executors(documents):
+    return {name.removeprefix("exec-"): content["container"] for name, content in documents[0]["deploymentSpec"]["executors"].items()}
+
+
+def test_the_compiled_pipeline_equals_the_code(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "EGA_IMAGE"} | {"PYTHONHASHSEED": "5"}
+    subprocess.run([sys.executable, "-m", "cli.main", "compile", "--out", tmp_path], cwd=ROOT, env=environment, check=True, timeout=120)
+    (compiled,) = tmp_path.iterdir()
+    assert compiled.read_bytes() == (FOLDER / compiled.name).read_bytes(), "the pipeline changed: `ega compile`"
+
+
+def test_every_step_is_there(executors):
+    stages = {"train-stage", *(f"train-stage-{number}" for number in range(2, 6))}
+    assert set(executors) == stages | SMALL | {
+        "validate-logs", "build-features", "sample-requests", "evaluate-candidate", "approve-model", "publish-ad-embeddings",
+    }  # fmt: skip
+
+
+def test_steps_have_an_image_limits_and_no_packages_to_install(executors):
+    for name, container in executors.items():
+        assert container["image"] == "ega:0.1.0"
+        assert "pip install" not in " ".join(container["command"] + container["args"])
+        if name not in SMALL:
+            resources = container["resources"]
+            for limit in ("resourceCpuLimit", "resourceCpuRequest", "resourceMemoryLimit", "resourceMemoryRequest"):
+                assert resources[limit], (name, limit)
+
+
+def test_steps_do_not_report_home(executors):
+    for name, container in executors.items():
+        if name not in SMALL:
+            variables = {entry["name"]: entry["value"] for entry in container["env"]}
+            assert variables["DO_NOT_TRACK"] == "1" and variables["BENTOML_DO_NOT_TRACK"] == "True" and variables["GX_ANALYTICS_ENABLED"] == "false"
+
+
+def test_steps_mount_the_volume_and_get_the_signing_key_as_a_secret(documents, executors):
+    for name in set(executors) - SMALL:
+        kubernetes = documents[1][f"exec-{name}"]
+        assert [mount["mountPath"] for mount in kubernetes["pvcMount"]] == ["/ega"]
+        (secret,) = kubernetes["secretAsEnv"]
+        assert secret["secretName"] == "ega-signing-key"
+        assert secret["keyToEnv"] == [{"envVar": "EGA_SIGNING_KEY", "secretKey": "key"}]
+
+
+def test_failed_data_checks_are_not_tried_again_but_training_is(documents):
+    tasks = documents[0]["root"]["dag"]["tasks"]
+    assert tasks["validate-logs"].get("retryPolicy", {}).get("maxRetryCount", 0) == 0
+    assert tasks["train-stage"]["retryPolicy"]["maxRetryCount"] >= 1
+
+
+def test_verdicts_are_never_cached(documents):
+    tasks = documents[0]["root"]["dag"]["tasks"]
+    assert not tasks["evaluate-candidate"]["cachingOptions"].get("enableCache")
+    assert tasks["train-stage"]["cachingOptions"]["enableCache"]
+
+
+def test_arguments_are_exactly_the_pipelines_inputs(documents):
+    config = load_run_config(ROOT / "config" / "ci.yaml")
+    arguments = pipeline_arguments(config, PurePosixPath("/ega/logs"), PurePosixPath("/ega/runs/a"), PurePosixPath("/ega/home/ci"))
+    inputs = documents[0]["root"]["inputDefinitions"]["parameters"]
+    assert set(arguments) == set(inputs)
+    kinds = {"STRING": str, "NUMBER_INTEGER": int, "BOOLEAN": bool}
+    assert all(type(arguments[name]) is kinds[entry["parameterType"]] for name, entry in inputs.items())
+
+
+def test_components_are_thin_wrappers():
+    for path in sorted((ROOT / "components").glob("*/component.py")):
+        tree = ast.parse(path.read_text())
+        assert not any(isinstance(node, ast.ImportFrom) and node.module == "__future__" for node in tree.body), f"{path}: KFP needs real annotations"
+        (function,) = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+        _, *body = function.body
+        assert ast.get_docstring(function), path
+        assert function.end_lineno - body[0].lineno < 25, f"{path}: the work belongs to a function of a room below"
