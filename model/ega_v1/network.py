@@ -418,8 +418,9 @@ class EgaV1(nn.Module):
         self.click_head = SplitHead(config.width, config.head_hidden, prior)
         self.purchase_head = SplitHead(config.width, config.head_hidden, prior)
         self.cross = nn.Linear(CROSS_FEATURES, config.width) if config.cross_features else None
-        self.unexposed = nn.Parameter(torch.zeros(2, 2))
+        self.unexposed = nn.Parameter(torch.zeros(2, 4))
         self.register_buffer("unexposed_start", torch.zeros(2))
+        self.register_buffer("unexposed_knee", torch.tensor(prior + 1.0))
         self.generator = Generator(config)
         self.evaluator = Evaluator(config)
         self.evaluation_evaluator = Evaluator(config)
@@ -454,18 +455,19 @@ class EgaV1(nn.Module):
     def unexposed_logits(self, logit: Tensor, task: int) -> Tensor:
         """Log-odds of "clicked or visited elsewhere in the session" from those of "clicked when shown"; task 0 click, 1 purchase.
 
-        An increasing line, slope and level learned: a habit makes a visit far more likely than it makes a click, so one
-        probability for both would promise clicks that never come.
+        An increasing convex curve, learned: level + a*z + d*softplus(z - z0). A habit makes a visit far more likely than it
+        makes a click, so one probability for both would promise clicks that never come.
         """
-        slope = torch.exp(self.UNEXPOSED_GAIN * self.unexposed[task, 0])
-        return slope * logit + self.unexposed_start[task] + self.UNEXPOSED_GAIN * self.unexposed[task, 1]
+        slope, level, bend, knee = self.UNEXPOSED_GAIN * self.unexposed[task]
+        return slope.exp() * logit + self.unexposed_start[task] + level + bend.exp() * F.softplus(logit - self.unexposed_knee + knee)
 
     @torch.no_grad()
     def shift_click_level(self, shift: float) -> None:
         """Add `shift` to every click logit without moving what is predicted of unexposed ads."""
         slope = torch.exp(self.UNEXPOSED_GAIN * self.unexposed[0, 0])
         self.click_head.rest.layers[-1].bias += shift
-        self.unexposed_start[0] -= slope * shift
+        self.unexposed[0, 1] -= slope * shift / self.UNEXPOSED_GAIN
+        self.unexposed[0, 3] -= shift / self.UNEXPOSED_GAIN
 
     def page_logits(
         self, h_BND: Tensor, user_BD: Tensor, click_BN: Tensor, purchase_BN: Tensor, page_BK: Tensor, evaluator: Evaluator | None = None

@@ -24,8 +24,9 @@ class GateConfig:
     """Largest psi_exact (regret over utility of displayed ads, evaluation evaluator) of the prices that will be charged."""
     learned_revenue_share: float = Field(0.95, ge=0)
     """Learned payments are chosen only with at least this share of the critical prices' revenue, and within psi_limit."""
-    minimum_lift: float = 0.0
-    """Lower 95 % bound of the paired relative eRPM lift over the incumbent must exceed this."""
+    minimum_lift: float = -0.01
+    """Lower 95 % bound of the paired relative eRPM lift over the incumbent must exceed this; a little below 0, so that a fresh
+    model that is as good as its predecessor may replace it."""
     dev_limit: float = Field(0.1, gt=0)
     """Largest calibration deviation |1 - mean pCTR / CTR| on exposed test ads."""
 

@@ -98,12 +98,13 @@ class Samples:
     def prior_rates(self) -> tuple[float, float]:
         """In training: click rate of exposed ads, and rate of "clicked or visited elsewhere" of a city's unexposed ads.
 
-        The second undoes the sampling: every sampled candidate counts 1/pi. Both lie in [1e-5, 0.5].
+        The second undoes the sampling: what the user chose is always sampled and counts 1, every other candidate 1/pi.
+        Both lie in [1e-5, 0.5].
         """
         rows = self.split_rows(schema.TRAIN)
         candidate, click = np.asarray(self.candidate[rows]), np.asarray(self.click[rows])
         real, shown = candidate >= 0, np.arange(candidate.shape[1]) < self.slots
-        weight = np.exp(-np.asarray(self.log_inclusion[rows], np.float64)) * (real & ~shown)
+        weight = np.where(click > 0, 1.0, np.exp(-np.asarray(self.log_inclusion[rows], np.float64))) * (real & ~shown)
         rates = (click[:, shown][real[:, shown]].mean() if real[:, shown].any() else 0.05, (weight * click).sum() / max(weight.sum(), 1.0))
         return float(np.clip(rates[0], 1e-5, 0.5)), float(np.clip(rates[1], 1e-5, 0.5))
 

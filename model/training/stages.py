@@ -33,6 +33,8 @@ class PretrainConfig(LoopConfig):
 
     purchase_weight: float = Field(0.2, ge=0)
     """Weight of the auxiliary purchase task."""
+    exposed_weight: float = Field(4.0, gt=0)
+    """Weight of an exposed candidate in the loss; unexposed ones count 1. K exposed stand against N_s unexposed."""
     inclusion_correction: Literal["log_q", "none"] = "log_q"
     """How sampled unexposed candidates are corrected: subtract their log inclusion probability, or not at all."""
     calibration_requests: int = Field(1500, ge=1)
@@ -114,7 +116,7 @@ def pretrain_loss(network: EgaV1, batch: TrainingBatch, config: PretrainConfig) 
     """Eq. 20 over K exposed and N_s unexposed candidates, a mean over requests divided by K, with the purchase task.
 
     An unexposed candidate is in the sample with probability pi_i (if it was not chosen by the user) or 1 (if it was), so
-    its sampled log-odds exceed the true ones by -log pi_i; adding that to the logit leaves q calibrated. A learned line
+    its sampled log-odds exceed the true ones by -log pi_i; adding that to the logit leaves q calibrated. A learned curve
     (`EgaV1.unexposed_logits`) separates "chosen elsewhere" from "clicked when shown", so that q is the probability of a click *when
     shown*.
     """
@@ -126,7 +128,7 @@ def pretrain_loss(network: EgaV1, batch: TrainingBatch, config: PretrainConfig) 
     ):
         correction = batch.log_inclusion if config.inclusion_correction == "log_q" else 0.0
         logit = torch.where(batch.exposed, logit, network.unexposed_logits(logit, index) - correction)
-        losses = F.binary_cross_entropy_with_logits(logit, label, reduction="none")
+        losses = F.binary_cross_entropy_with_logits(logit, label, reduction="none") * torch.where(batch.exposed, config.exposed_weight, 1.0)
         total = total + weight * (losses * mask).sum() / (len(batch.requests) * network.config.slots)
     return total
 

@@ -333,7 +333,7 @@ def test_prior_rates_undo_the_sampling(trained: SimpleNamespace) -> None:
     rows = samples.split_rows(schema.TRAIN)
     shown, elsewhere = samples.prior_rates
     assert shown == pytest.approx(samples.click[rows, :5].mean())
-    weight = np.exp(-samples.log_inclusion[rows, 5:].astype(float))
+    weight = np.where(samples.click[rows, 5:] > 0, 1.0, np.exp(-samples.log_inclusion[rows, 5:].astype(float)))
     assert elsewhere == pytest.approx((weight * samples.click[rows, 5:]).sum() / weight.sum())
 
 
