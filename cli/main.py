@@ -138,6 +138,17 @@ def doctor() -> None:
     raise typer.Exit(command())
 
 
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="cluster-attention, auction, sampling or generator.")],
+    out: Annotated[Optional[Path], typer.Option(help="Also write the figures to this JSON file.")] = None,  # noqa: UP045
+) -> None:
+    """Measure speed: medians and ratios within one run."""
+    from cli.bench import bench as command
+
+    raise typer.Exit(_guarded(lambda: command(name, out)))
+
+
 def _data() -> Path | None:
     value = os.environ.get("EGA_DATA")
     return Path(value) if value else None

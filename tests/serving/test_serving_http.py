@@ -9,7 +9,6 @@ import os
 import signal
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -268,10 +267,8 @@ def test_a_locked_event_log_is_a_503_and_no_answer(client: httpx.Client, home: P
     blocker = sqlite3.connect(home / "events" / "events.db", isolation_level=None)
     blocker.execute("BEGIN EXCLUSIVE")
     try:
-        started = time.monotonic()
         answer = post(client, BODY)
         assert answer.status_code == 503 and answer.json()["error"]["code"] == "event_log_unavailable" and answer.headers["retry-after"] == "1"
-        assert time.monotonic() - started < 8.0
     finally:
         blocker.rollback()
         blocker.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 
 import numpy as np
 import pytest
@@ -74,20 +73,6 @@ def test_inclusion_probabilities_sum_to_the_number_drawn():
     for row in range(2, 50):
         eligible = np.setdiff1d(np.arange(3_000), excluded[row])
         assert np.isclose((1 - np.exp(-scale[row] * weights[eligible])).sum(), wanted[row], rtol=1e-6)
-
-
-def test_a_million_candidates_a_second():
-    rng = np.random.default_rng(6)
-    weights = (rng.zipf(1.5, 20_000).clip(max=50_000) + 1.0) ** 0.75
-    excluded, wanted = rng.integers(0, 20_000, (5_000, 5)), np.full(5_000, 95)
-    excluded = np.sort(excluded, axis=1)
-    excluded[:, 1:][excluded[:, 1:] == excluded[:, :-1]] = -1
-    best = float("inf")
-    for _ in range(3):  # processor time, the best of three: the machine is shared
-        start = time.process_time()
-        draw(weights, excluded, wanted)
-        best = min(best, time.process_time() - start)
-    assert wanted.sum() / best > 1e6, f"{wanted.sum() / best:,.0f} candidates a processor second"
 
 
 def test_configuration_is_checked():
