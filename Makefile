@@ -19,7 +19,7 @@ export DO_NOT_TRACK := 1
 export GX_ANALYTICS_ENABLED := false
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help env run test serve lint clean
+.PHONY: help env run test soak serve lint clean
 
 help:  ## these targets
 	@grep -E '^[a-z]+: .*##' Makefile | sed -E 's/^([a-z]+): [^#]*## /\1\t/' | expand -t 8
@@ -44,6 +44,10 @@ run: $(STAMP)  ## the whole workflow on CONFIG: logs, features, training, gates,
 test: export OMP_NUM_THREADS := 1
 test: $(STAMP)  ## the ordinary test suite
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+soak: export OMP_NUM_THREADS := 1
+soak: $(STAMP)  ## the long proofs that `make test` leaves out; run it alone on the machine
+	@$(BIN)/python -m pytest -m soak $(ARGS)
 
 serve: $(STAMP)  ## the newest approved model of CONFIG over HTTP, on 127.0.0.1:PORT
 	@$(BIN)/ega serve $(CONFIG) --port $(PORT) $(ARGS)

@@ -39,6 +39,28 @@ def home_lock(home: Path) -> Iterator[None]:
         yield
 
 
+RUN_VARIABLE = "EGA_RUN_DIR"
+"""Marks the processes of a run, so that a resumed run finds what a killed one left behind."""
+
+
+def end_orphans(run_dir: Path) -> int:
+    """End the steps that outlived a killed run of this folder; returns how many. Call with the home's lock held: whoever else
+    carries the mark then has no parent that waits for it."""
+    import psutil
+
+    ours = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
+    orphans = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid not in ours and process.environ().get(RUN_VARIABLE) == str(run_dir):
+                process.kill()
+                orphans.append(process)
+        except (psutil.AccessDenied, psutil.NoSuchProcess):
+            continue  # another user's process, or one that ended by itself
+    psutil.wait_procs(orphans, timeout=30)
+    return len(orphans)
+
+
 _STEP = re.compile(r"Executing task \S*?'([^']+)'")
 _PROGRESS = re.compile(r"^\s*(\w[\w ]*:\s+\d+%\|.*)$")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -92,6 +114,9 @@ def run_pipeline(config: RunConfig, logs: Path, run_dir: Path, home: Path, fresh
 
     from pipelines.train_and_approve import train_and_approve
 
+    if left := end_orphans(run_dir):
+        print(f"  ended {left} process(es) that an interrupted run had left behind")
+    os.environ[RUN_VARIABLE] = str(run_dir)
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(run_dir / "pipeline"), raise_on_error=True)
     try:
         with open(run_dir / "pipeline.log", "a") as log, contextlib.redirect_stdout(StepConsole(sys.stdout, log)), warnings.catch_warnings():

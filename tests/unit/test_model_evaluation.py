@@ -123,6 +123,8 @@ def test_plots_are_svg_without_scripts_and_pages_escape_what_they_show() -> None
 # Gates
 
 GATES = GateConfig()
+BETTER = GateConfig(minimum_lift=0.0)
+"""Must beat the incumbent, not only keep up with it."""
 NOT_MEASURED = [float("nan"), float("inf"), float("-inf"), None, "0.01", "x' or True or 'x", [0.01], True, np.nan]
 
 
@@ -158,7 +160,9 @@ def test_revenue_gate_is_paired() -> None:
     assert gate.approved is True and 0.015 < (gate.value or 0) < 0.02
     assert revenue_gate(both, "old", "new", GATES).approved is False
     assert revenue_gate(both, "new", "old", GateConfig(minimum_lift=0.05)).approved is False
-    assert revenue_gate(pd.concat([frame("new", base), frame("old", base)]), "new", "old", GATES).approved is False  # equal is not better
+    same = pd.concat([frame("new", base), frame("old", base)])
+    assert revenue_gate(same, "new", "old", BETTER).approved is False  # equal is not better
+    assert revenue_gate(same, "new", "old", GateConfig(minimum_lift=-0.01)).approved is True
 
 
 @pytest.mark.parametrize(
@@ -280,7 +284,7 @@ def test_an_incumbent_that_is_the_candidate_earns_the_same(market: SimpleNamespa
     result = replay(market.network, market.samples, EvaluationConfig(requests=24, batch=16), same)
     revenue = result.per_request.pivot_table(index="request_id", columns="policy", values="revenue")
     np.testing.assert_allclose(revenue["incumbent"], revenue["ega_v1/critical"], rtol=1e-6)
-    assert not judge(result.metrics, result.per_request, "critical", "incumbent", GATES)[1].approved  # equal does not beat
+    assert not judge(result.metrics, result.per_request, "critical", "incumbent", BETTER)[1].approved  # equal does not beat
     half = {name: values[::2] for name, values in market.samples.vocabulary.items()}
     sizes = type(market.network.sizes)(**{name: len(values) + schema.FIRST_CODE for name, values in half.items()})
     older = Incumbent(type(market.network)(NETWORK, sizes).eval(), half, "critical", "b" * 12)
