@@ -5,6 +5,7 @@ SHELL := /bin/bash
 CONFIG ?= config/quickstart.yaml
 ARGS   ?=
 PORT   ?= 3000
+NAME   ?= cluster-attention
 # Options of the installer, e.g. PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" for torch without CUDA.
 PIP_ARGS ?=
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -19,11 +20,11 @@ export DO_NOT_TRACK := 1
 export GX_ANALYTICS_ENABLED := false
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help env run test soak serve lint clean
+.PHONY: help env run test soak bench serve lint clean
 
 help:  ## these targets
 	@grep -E '^[a-z]+: .*##' Makefile | sed -E 's/^([a-z]+): [^#]*## /\1\t/' | expand -t 8
-	@echo 'variables: CONFIG=config/quickstart.yaml  ARGS="more options"  PORT=3000  PYTHON=python3.11  PIP_ARGS="options of pip"'
+	@echo 'variables: CONFIG=config/quickstart.yaml  ARGS="more options"  PORT=3000  NAME=cluster-attention  PYTHON=python3.11  PIP_ARGS="options of pip"'
 
 env: $(STAMP)  ## only the environment, in .venv
 
@@ -48,6 +49,9 @@ test: $(STAMP)  ## the ordinary test suite
 soak: export OMP_NUM_THREADS := 1
 soak: $(STAMP)  ## the long proofs that `make test` leaves out; run it alone on the machine
 	@$(BIN)/python -m pytest -m soak $(ARGS)
+
+bench: $(STAMP)  ## the speed measurement NAME (`ega bench --help`)
+	@$(BIN)/ega bench $(NAME) $(ARGS)
 
 serve: $(STAMP)  ## the newest approved model of CONFIG over HTTP, on 127.0.0.1:PORT
 	@$(BIN)/ega serve $(CONFIG) --port $(PORT) $(ARGS)

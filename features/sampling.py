@@ -58,7 +58,7 @@ class SamplingConfig:
     popularity_power: float = Field(default=0.75, ge=0.0, le=2.0)
     """Exponent of (count + 1) in the sampling weight of an ad; 0 draws uniformly."""
     keep_unexposed_positives: bool = True
-    """Always include the ads that the user chose elsewhere in the session (inclusion probability 1)."""
+    """Always include the ads that the user chose elsewhere in the session (their chance of being drawn is still what the correction needs)."""
     targets: int = Field(default=8, ge=1)
     """P, most ads kept as what the user chose elsewhere after the request."""
     validation_days: int = Field(default=1, ge=1)
@@ -442,7 +442,7 @@ def _candidates(
         local = np.full(len(ads.table) + 1, -1, np.int64)
         local[active] = np.arange(len(active))
         shown = local[exposed[rows]]  # -1 padding reads the spare last cell
-        positives = np.full((len(rows), 0), -1, np.int64) if kept is None else local[kept[rows]]
+        positives = np.full((len(rows), 0), -1, np.int64) if kept is None else -np.sort(-local[kept[rows]], axis=1)  # real ones first
         positives = positives[:, : (positives >= 0).sum(axis=1).max(initial=0)]
         excluded = np.concatenate([shown, positives], axis=1)
         wanted = config.unexposed - (positives >= 0).sum(axis=1)
@@ -450,12 +450,16 @@ def _candidates(
         scale = inclusion_scale(weights[active], excluded, wanted)
         picked = draw_unexposed(weights[active], excluded, wanted, scale, rng)
         with np.errstate(divide="ignore", invalid="ignore"):
-            chance = np.where(np.isinf(scale)[:, None], 0.0, np.log(-np.expm1(-scale[:, None] * weights[active][picked])))
+            drawn = np.concatenate([positives, picked], axis=1)
+            # A chosen ad carries the chance it would have had as one that was not chosen: the log-odds of a sampled ad exceed the true ones by
+            # -log of that chance whichever label it has, and a correction that differed by label would bias every probability.
+            chance = np.where(np.isinf(scale)[:, None], 0.0, np.log(np.maximum(-np.expm1(-scale[:, None] * weights[active][drawn]), 1e-9)))
         candidate = np.full((len(rows), config.unexposed + positives.shape[1]), -1, np.int64)
         candidate[:, : positives.shape[1]] = positives
         candidate[:, positives.shape[1] : positives.shape[1] + picked.shape[1]] = picked
         inclusion = np.zeros(candidate.shape)
-        inclusion[:, positives.shape[1] : positives.shape[1] + picked.shape[1]] = np.where(picked >= 0, chance, 0.0)
+        if kept is not None:  # drawn without regard to the label, a sample needs no correction
+            inclusion[:, : drawn.shape[1]] = np.where(drawn >= 0, chance, 0.0)
         order = np.argsort(np.where(candidate < 0, len(active), candidate), axis=1, kind="stable")[:, : config.unexposed]
         candidate, inclusion = np.take_along_axis(candidate, order, axis=1), np.take_along_axis(inclusion, order, axis=1)
         yield rows, np.where(candidate >= 0, active[candidate], -1), inclusion

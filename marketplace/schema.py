@@ -298,7 +298,7 @@ SAMPLE_ARRAYS = (
     SampleArray("candidate", "int32", "R M", "row of the ad table: K exposed in slot order, then N_s unexposed; -1 padding"),
     SampleArray("click", "int8", "R M", "label: click if exposed, else click or visit of the ad's POI elsewhere in the session"),
     SampleArray("purchase", "int8", "R M", "label: purchase, by the same rule"),
-    SampleArray("log_inclusion", "float32", "R M", "log probability that sampling included an unexposed candidate; 0 for exposed"),
+    SampleArray("log_inclusion", "float32", "R M", "log probability with which sampling draws this ad when it is not chosen; the same whether or not it was; 0 for exposed, and where the draw ignores labels"),
     SampleArray("exposed_bid", "float64", "R K", "bid logged with the impression; NaN padding"),
     SampleArray("exposed_payment", "float64", "R K", "payment logged; NaN padding"),
     SampleArray("exposed_pctr", "float32", "R K", "logging policy's pctr; NaN padding"),

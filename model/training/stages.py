@@ -115,8 +115,8 @@ def build_network(config: NetworkConfig, samples: Samples, seed: int) -> EgaV1:
 def pretrain_loss(network: EgaV1, batch: TrainingBatch, config: PretrainConfig) -> Tensor:
     """Eq. 20 over K exposed and N_s unexposed candidates, a mean over requests divided by K, with the purchase task.
 
-    An unexposed candidate is in the sample with probability pi_i (if it was not chosen by the user) or 1 (if it was), so
-    its sampled log-odds exceed the true ones by -log pi_i; adding that to the logit leaves q calibrated. A learned curve
+    An unexposed ad is in the sample with probability pi_i when the user did not choose it and surely when the user did, so its
+    sampled log-odds exceed the true ones by -log pi_i, whatever its label; adding that to the logit leaves q calibrated. A learned curve
     (`EgaV1.unexposed_logits`) separates "chosen elsewhere" from "clicked when shown", so that q is the probability of a click *when
     shown*.
     """

@@ -84,7 +84,7 @@ def test_requests_exposures_and_ads_against_the_logs(made):
 
 def test_labels_and_targets_of_ads_chosen_elsewhere(made):
     _, logs, info, arrays = made
-    chosen, seen = chosen_by_hand(logs), 0
+    chosen, seen, corrected = chosen_by_hand(logs), 0, 0
     for row, request in enumerate(arrays["request_id"]):
         expected = chosen[request]
         target = [arrays["ad_id"][ad] for ad in arrays["target"][row] if ad >= 0]
@@ -94,11 +94,12 @@ def test_labels_and_targets_of_ads_chosen_elsewhere(made):
             ad = candidates[place]
             assert arrays["click"][row, place] == (ad in expected) and arrays["purchase"][row, place] == expected.get(ad, False)
             if ad in expected:
-                assert arrays["log_inclusion"][row, place] == 0
+                corrected += arrays["log_inclusion"][row, place] < 0  # its chance as an ad that was not chosen
                 seen += 1
         missing = [ad for ad in expected if ad not in candidates]
         assert not missing, "positives elsewhere are always among the candidates"
     assert seen == info.positives["unexposed"] > 20
+    assert corrected > 0.9 * seen, "a correction that differed by label would bias every probability"
 
 
 def test_unexposed_ads_are_active_of_the_city_distinct_and_never_exposed(made):
@@ -119,7 +120,7 @@ def test_without_kept_positives_they_are_drawn_like_any_other(made, tmp_path):
     free = sample_requests(logs, folder / "home", tmp_path / "out", SamplingConfig(unexposed=6, validation_days=1, test_days=1, keep_unexposed_positives=False), seed=5)
     assert 0 < free.positives["unexposed"] < kept.positives["unexposed"]
     label, inclusion = (np.load(tmp_path / "out" / f"{name}.npy")[:, 3:] for name in ("click", "log_inclusion"))
-    assert (inclusion[label == 1] < 0).any()
+    assert (label == 1).any() and (inclusion == 0).all()  # drawn without regard to the label: nothing to correct
 
 
 def test_same_seed_same_bytes_and_the_manifest_matches(made, tmp_path):

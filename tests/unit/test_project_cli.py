@@ -23,7 +23,7 @@ from cli.submit import SubmitError, submit
 from pipelines.config import load_run_config
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = {"run", "simulate", "convert-checkins", "compile", "submit", "serve", "ab", "monitor", "doctor"}
+COMMANDS = {"run", "simulate", "convert-checkins", "compile", "submit", "serve", "ab", "monitor", "bench", "doctor"}
 CI = ROOT / "config" / "ci.yaml"
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def test_links_and_files_in_the_documents_exist():
 
 def test_make_knows_its_targets():
     found = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
-    assert {"env", "run", "test", "serve", "lint", "clean"} <= {line.split()[0] for line in found.stdout.splitlines() if line}
+    assert {"env", "run", "test", "soak", "bench", "serve", "lint", "clean"} <= {line.split()[0] for line in found.stdout.splitlines() if line}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
