@@ -42,6 +42,11 @@ class Pool:
     extra: dict[str, Tensor] = field(default_factory=dict)
     """Further tensors a stage keeps per request; `take` selects them too."""
 
+    @property
+    def allowed(self) -> Tensor:
+        """[R, N] what an allocation may show: real ads whose bid meets their reserve. Attention sees `mask`, not this."""
+        return self.mask & (self.bid >= self.reserve) & (self.bid > 0)
+
     def take(self, index: np.ndarray) -> Pool:
         """The same for some requests, by position."""
         i = torch.from_numpy(np.asarray(index))

@@ -411,7 +411,7 @@ def train_rlaf(network: EgaV1, samples: Samples, config: RlafConfig, folder: Pat
     def step(chosen: np.ndarray, noise: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         batch = pool.take(chosen)
         score = generator_scores(network, batch)
-        page, logp, entropy = sample_page(score, batch.mask, noise)
+        page, logp, entropy = sample_page(score, batch.allowed, noise)
         with torch.no_grad():
             reward = marginal_rewards(network, batch, score, page)
         centred = (reward - reward.mean()) / reward.std().clamp(min=1e-6)
@@ -436,7 +436,7 @@ def marginal_rewards(network: EgaV1, batch: Pool, score: Tensor, page: Tensor) -
     for slot in range(page.shape[1]):
         shown = page[:, slot : slot + 1]
         banned = torch.zeros_like(batch.mask).scatter(1, shown.clamp(min=0), shown >= 0)
-        without.append(greedy_page(score, batch.mask, banned))
+        without.append(greedy_page(score, batch.allowed, banned))
     values = page_values(network, batch, torch.stack([page, *without], 1), network.evaluator)
     return values[:, :1] - values[:, 1:]
 
@@ -449,8 +449,8 @@ def policy_metrics(network: EgaV1, pool: Pool, batch: int = 256) -> dict[str, fl
     for start in range(0, len(pool.requests), batch):
         part = pool.take(np.arange(start, min(start + batch, len(pool.requests))))
         pages = {
-            "generator": greedy_page(generator_scores(network, part), part.mask),
-            "separable": greedy_page(separable_scores(network, part, network.generator.weight()), part.mask),
+            "generator": greedy_page(generator_scores(network, part), part.allowed),
+            "separable": greedy_page(separable_scores(network, part, network.generator.weight()), part.allowed),
         }
         for policy, page in pages.items():
             for judge, evaluator in (("reward", network.evaluator), ("evaluation", network.evaluation_evaluator)):
