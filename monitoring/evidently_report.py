@@ -6,6 +6,7 @@ the numbers come from the data (per-user sums) in `calculate`. An absent arm giv
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +110,12 @@ def write(out: Path, users: pd.DataFrame, plan: ExperimentPlan, verdict: Verdict
     definition = DataDefinition(
         numerical_columns=[*SUMS, *[c.name for c in columns if c.kind == "numeric"]], categorical_columns=["arm", *[c.name for c in columns if c.kind == "categorical"]]
     )
-    before = Dataset.from_pandas(reference, data_definition=definition) if columns else None
     report = Report(_metrics(plan, verdict, planned, columns, rows), include_tests=True)
-    snapshot = report.run(Dataset.from_pandas(current, data_definition=definition), before)
+    with warnings.catch_warnings():
+        # Evidently divides by the number of rows of each column; the per-user sums have none in the reference, by design.
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module="evidently")
+        before = Dataset.from_pandas(reference, data_definition=definition) if columns else None
+        snapshot = report.run(Dataset.from_pandas(current, data_definition=definition), before)
     out.mkdir(parents=True, exist_ok=True)
     part = out / ".evidently.part.html"
     snapshot.save_html(str(part))

@@ -119,7 +119,7 @@ def run_pipeline(config: RunConfig, logs: Path, run_dir: Path, home: Path, fresh
     os.environ[RUN_VARIABLE] = str(run_dir)
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(run_dir / "pipeline"), raise_on_error=True)
     try:
-        with open(run_dir / "pipeline.log", "a") as log, contextlib.redirect_stdout(StepConsole(sys.stdout, log)), warnings.catch_warnings():
+        with open(run_dir / "pipeline.log", "a", buffering=1) as log, contextlib.redirect_stdout(StepConsole(sys.stdout, log)), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # resource limits and images mean nothing to the local runner, and it says so for every step
             task = train_and_approve(
                     logs=str(logs), run_dir=str(run_dir), home=str(home), validation=as_json(config.validation), behaviours=config.features.behaviours, fresh=fresh,
