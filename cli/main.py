@@ -24,7 +24,7 @@ app = typer.Typer(
 )  # fmt: skip
 
 Config = Annotated[Path, typer.Argument(help="YAML of a named run, e.g. config/quickstart.yaml.", show_default=False)]
-Data = Annotated[Optional[Path], typer.Option(help="Check-ins folder (checkins.parquet, pois.parquet) for a world of kind checkins; default: $EGA_DATA.")]  # noqa: UP045
+Data = Annotated[Optional[Path], typer.Option(help="Check-ins folder (checkins.parquet, pois.parquet) for a world of kind checkins; `ega run` also takes it from $EGA_DATA.")]  # noqa: UP045
 Runs = Annotated[Path, typer.Option(help="Folder that holds runs.")]
 Seed = Annotated[Optional[int], typer.Option(help="Seed instead of the configuration's.")]  # noqa: UP045
 
@@ -54,7 +54,7 @@ def simulate(config: Config, out: Annotated[Path, typer.Option(help="Folder to w
     """Write the logs of a configuration's world, and its hidden truth, into a folder."""
     from cli.simulate import simulate as command
 
-    raise typer.Exit(_guarded(lambda: command(str(config), out, data or _data(), seed)))
+    raise typer.Exit(_guarded(lambda: command(str(config), out, data, seed)))
 
 
 @app.command("convert-checkins")
@@ -147,11 +147,6 @@ def bench(
     from cli.bench import bench as command
 
     raise typer.Exit(_guarded(lambda: command(name, out)))
-
-
-def _data() -> Path | None:
-    value = os.environ.get("EGA_DATA")
-    return Path(value) if value else None
 
 
 def _guarded(command: object) -> int:

@@ -64,8 +64,10 @@ def _prepare(
         raise FileNotFoundError(f"--logs {logs} is not a folder; docs/data.md describes what it must hold")
     if logs is None and config.world is None:
         raise ValueError(f"{config_path} names no world, so logs must be given: ega run {config_path} --logs DIR")
-    data = data or (Path(os.environ["EGA_DATA"]) if os.environ.get("EGA_DATA") else None)
-    if logs is None and config.world is not None and config.world.kind == "checkins" and (data is None or not data.is_dir()):
+    checkins = logs is None and config.world is not None and config.world.kind == "checkins"
+    if checkins and data is None and os.environ.get("EGA_DATA"):
+        data = Path(os.environ["EGA_DATA"])
+    if checkins and (data is None or not (data / "checkins.parquet").is_file()):
         raise FileNotFoundError(f"{config_path} needs a check-ins folder: --data DIR with checkins.parquet and pois.parquet (got {data})")
     run_dir = (runs / (run_id or f"{config.name}-{datetime.now().strftime('%Y%m%d-%H%M%S')}")).resolve()
     if run_dir.exists() and any(run_dir.iterdir()):

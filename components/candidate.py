@@ -129,7 +129,7 @@ def flat_metrics(metrics: dict[str, Any]) -> dict[str, float]:
     flat = {name: metrics["ranking"][name] for name in ("auc", "auc_exposed", "auc_evaluator", "dev")}
     flat |= {name: value for name, value in metrics["ranking"].items() if name.startswith("recall_at") and not name.endswith("interval")}
     flat |= {"ectr_percent": metrics["policies"][f"ega_v1/{mode}"]["ectr_percent"], "erpm": metrics["policies"][f"ega_v1/{mode}"]["erpm"]}
-    flat["psi_exact"] = metrics["psi"][mode]["psi_exact"]
+    flat |= {name: metrics["psi"][mode][name] for name in ("psi_exact_model", "psi_exact")}
     return {name: float(value) for name, value in flat.items() if value is not None and np.isfinite(value)}
 
 
@@ -160,13 +160,13 @@ def candidate_sections(run_dir: Path, truth: dict[str, Any] | None = None) -> li
         (name, p["ectr_percent"], p["erpm"], f"{p['erpm_interval'][0]:.4g} to {p['erpm_interval'][1]:.4g}", p["bid_value_per_1000"])
         for name, p in metrics["policies"].items()
     ]
-    psi = [(name, p["psi_exact"], p["psi_paper"], "charged" if name == mode else "") for name, p in metrics["psi"].items()]
+    psi = [(name, p["psi_exact_model"], p["psi_exact"], p["psi_paper"], "charged" if name == mode else "") for name, p in metrics["psi"].items()]
     ranking = [(name.replace("_", " "), value) for name, value in metrics["ranking"].items() if not isinstance(value, list)]
     return [
         ("Gates", table(("gate", "verdict", "reason"), gates)),
         ("What each stage moved", table(("stage", "measure", "on", "before", "after", "improved"), moved)),
         ("Policies on the test days, by the evaluation evaluator", table(("policy / prices", "eCTR % per request", "eRPM per 1000 requests", "95 % interval", "bid value per 1000"), policies)),
-        ("Incentive compatibility", table(("prices", "psi exact", "psi of the paper's grid", ""), psi)),
+        ("Incentive compatibility", table(("prices", "psi exact, pricing evaluator", "psi exact, evaluation evaluator", "psi of the paper's grid", ""), psi)),
         ("Ranking and calibration", table(("measure", "value"), ranking)),
         ("Calibration on exposed test ads", calibration_svg(data["exposed_click"], data["exposed_pctr"])),
         ("ROC on exposed test ads", roc_svg(data["exposed_click"], data["exposed_pctr"])),

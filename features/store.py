@@ -117,7 +117,7 @@ def check_store(store: FeatureStore) -> None:
     found = {view.name for view in store.list_feature_views()}
     missing = [name for name in VIEWS if name not in found]
     if missing:
-        raise RuntimeError(f"feature store {store.repo_path} lacks the views {', '.join(missing)}; build the features again (`ega run`)")
+        raise RuntimeError(f"feature store {store.config.repo_path} lacks the views {', '.join(missing)}; build the features again (`ega run`)")
 
 
 def join_as_of(store: FeatureStore, rows: pd.DataFrame, features: list[str], keys: list[str]) -> pd.DataFrame:
@@ -223,7 +223,7 @@ def history_table(user_ids: np.ndarray, histories: Histories) -> pa.Table:
 @contextmanager
 def _push_lock(store: FeatureStore) -> Iterator[None]:
     """One push at a time over all threads and processes of this home: a push reads a user's state, adds to it and writes it back."""
-    with open(Path(store.repo_path) / "push.lock", "w") as lock:
+    with open(Path(store.config.repo_path) / "push.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

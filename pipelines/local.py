@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from pipelines.config import RunConfig, as_json
-from pipelines.version import code_version
+from pipelines.arguments import pipeline_arguments
+from pipelines.config import RunConfig
 
 
 class PipelineFailed(RuntimeError):
@@ -121,11 +121,7 @@ def run_pipeline(config: RunConfig, logs: Path, run_dir: Path, home: Path, fresh
     try:
         with open(run_dir / "pipeline.log", "a", buffering=1) as log, contextlib.redirect_stdout(StepConsole(sys.stdout, log)), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # resource limits and images mean nothing to the local runner, and it says so for every step
-            task = train_and_approve(
-                    logs=str(logs), run_dir=str(run_dir), home=str(home), validation=as_json(config.validation), behaviours=config.features.behaviours, fresh=fresh,
-                    sampling=as_json(config.sampling), network=as_json(config.network), training=as_json(config.training),
-                    candidate=as_json(config.candidate), seed=config.seed, code_version=code_version(),
-                )  # fmt: skip
+            task = train_and_approve(**pipeline_arguments(config, logs, run_dir, home, fresh))
     except RuntimeError as error:
         raise PipelineFailed(str(error)) from error
     verdict = task.output

@@ -21,7 +21,9 @@ class GateConfig:
     """Thresholds. A candidate needs every gate."""
 
     psi_limit: float = 0.03
-    """Largest psi_exact (regret over utility of displayed ads, evaluation evaluator) of the prices that will be charged."""
+    """Largest psi_exact (regret over utility of displayed ads) of the prices that will be charged, under the evaluator that prices."""
+    psi_limit_independent: float = 0.10
+    """The same under the evaluation evaluator, which knows other days: two honest estimates of CTR differ, so even exact prices show some."""
     learned_revenue_share: float = Field(0.95, ge=0)
     """Learned payments are chosen only with at least this share of the critical prices' revenue, and within psi_limit."""
     minimum_lift: float = -0.01
@@ -42,16 +44,19 @@ class Gate:
     reason: str
 
 
-def ic_gate(psi: float, mode: str, config: GateConfig) -> Gate:
-    """Incentive compatibility of the prices that will be charged."""
-    measured = isinstance(psi, float) and math.isfinite(psi)
-    approved = measured and 0.0 <= psi <= config.psi_limit
+def ic_gate(psi_model: float, psi_independent: float, mode: str, config: GateConfig) -> Gate:
+    """Incentive compatibility of the prices that will be charged, under both evaluators."""
+    values = (psi_model, psi_independent)
+    measured = all(isinstance(value, float) and math.isfinite(value) for value in values)
+    approved = measured and 0.0 <= psi_model <= config.psi_limit and 0.0 <= psi_independent <= config.psi_limit_independent
     if not measured:
-        reason = f"psi of {mode} prices could not be measured ({psi})"
+        reason = f"psi of {mode} prices could not be measured ({psi_model}, {psi_independent})"
     else:
-        gain = f"by lying about its bid a displayed ad could gain {100 * psi:.2f} % of its utility under {mode} prices"
-        reason = f"{gain}; limit {100 * config.psi_limit:.2f} %"
-    return Gate("incentive_compatibility", bool(approved), psi if measured else None, config.psi_limit, reason)
+        reason = (
+            f"by lying about its bid a displayed ad could gain {100 * psi_model:.2f} % of its utility under {mode} prices (limit {100 * config.psi_limit:.2f} %); "
+            f"judged by the independent evaluator {100 * psi_independent:.2f} % (limit {100 * config.psi_limit_independent:.2f} %)"
+        )
+    return Gate("incentive_compatibility", bool(approved), psi_model if measured else None, config.psi_limit, reason)
 
 
 def revenue_gate(per_request: pd.DataFrame, candidate: str, incumbent: str, config: GateConfig) -> Gate:
@@ -83,7 +88,7 @@ def calibration_gate(dev: float, config: GateConfig) -> Gate:
 
 def choose_price_mode(metrics: dict[str, Any], config: GateConfig) -> str:
     """`learned` when the payment network earned it (psi within the limit, enough revenue), else `critical`."""
-    psi = metrics["psi"]["learned"]["psi_exact"]
+    psi = metrics["psi"]["learned"]["psi_exact_model"]
     learned, critical = (metrics["policies"][f"ega_v1/{mode}"]["erpm"] for mode in ("learned", "critical"))
     earned = math.isfinite(psi) and 0.0 <= psi <= config.psi_limit and critical > 0 and learned >= config.learned_revenue_share * critical
     return "learned" if earned else "critical"
@@ -92,7 +97,7 @@ def choose_price_mode(metrics: dict[str, Any], config: GateConfig) -> str:
 def judge(metrics: dict[str, Any], per_request: pd.DataFrame, mode: str, incumbent: str, config: GateConfig) -> list[Gate]:
     """All gates of a candidate that charges by `mode`."""
     return [
-        ic_gate(metrics["psi"][mode]["psi_exact"], mode, config),
+        ic_gate(metrics["psi"][mode]["psi_exact_model"], metrics["psi"][mode]["psi_exact"], mode, config),
         revenue_gate(per_request, f"ega_v1/{mode}", incumbent, config),
         calibration_gate(metrics["ranking"]["dev"], config),
     ]

@@ -29,6 +29,8 @@ class EvaluationConfig:
 
     requests: int = Field(2000, ge=1)
     """Test requests replayed over the whole city, newest first."""
+    calibration_requests: int = Field(6000, ge=1)
+    """Test requests whose shown pages are read for AUC, log-loss and Dev on exposed ads; clicks are rare, so more than are replayed."""
     batch: int = Field(64, ge=1)
     """Requests encoded at a time."""
     misreport_points: int = Field(9, ge=2)
@@ -73,7 +75,7 @@ def replay(network: EgaV1, samples: Samples, config: EvaluationConfig, incumbent
     network.eval()
     requests: list[pd.DataFrame] = []
     pages: list[pd.DataFrame] = []
-    regret = {name: _Regret() for name in PRICE_MODES}
+    regret = {judge: {name: _Regret() for name in PRICE_MODES} for judge in ("evaluation", "model")}
     exposed: dict[str, list[np.ndarray]] = {name: [] for name in ("click", "set", "evaluator", "evaluation")}
     scatter: dict[str, list[np.ndarray]] = {"learned": [], "critical": [], "bid": []}
     recalls: list[np.ndarray] = []
@@ -93,7 +95,8 @@ def replay(network: EgaV1, samples: Samples, config: EvaluationConfig, incumbent
                 requests.append(_request_frame(tag, pool, samples, judged, price))
                 pages.append(_page_frame(tag, pool, samples, served, price))
                 if policy == "ega_v1":
-                    regret[name].add(network, pool, served, judged, name, config.misreport_points)
+                    regret["evaluation"][name].add(network, pool, served, judged, name, config.misreport_points)
+                    regret["model"][name].add(network, pool, served, served, name, config.misreport_points)
             if policy == "ega_v1":
                 shown = served.pages >= 0
                 unit = pool.unit[:, None]
@@ -103,6 +106,9 @@ def replay(network: EgaV1, samples: Samples, config: EvaluationConfig, incumbent
             frames = _incumbent(network, incumbent, pool, samples, config)
             pages.append(frames[0])
             requests.append(frames[1])
+    read_only = newest(samples.split_rows(schema.TEST), config.calibration_requests)
+    for pool in _pools(network, samples, np.setdiff1d(read_only, rows), config):
+        _logged(network, pool, samples, exposed)
     per_request = pd.concat(requests, ignore_index=True)
     y, q = (np.concatenate(exposed[name]) for name in ("click", "evaluator"))
     base, other = (np.concatenate(exposed[name]) for name in ("set", "evaluation"))
@@ -117,7 +123,9 @@ def replay(network: EgaV1, samples: Samples, config: EvaluationConfig, incumbent
             f"recall_at_{config.recall_at}": recall, f"recall_at_{config.recall_at}_interval": [low, high],
         },
         "policies": _policy_table(per_request),
-        "psi": {name: value.psi() for name, value in regret.items()},
+        "psi": {
+            name: {**value.psi(), "psi_exact_model": regret["model"][name].psi()["psi_exact"]} for name, value in regret["evaluation"].items()
+        },
     }  # fmt: skip
     plots = {"exposed_click": y, "exposed_pctr": q, **{name: np.concatenate(value) for name, value in scatter.items()}}
     return Replay(metrics, per_request, pd.concat(pages, ignore_index=True), plots)

@@ -37,8 +37,8 @@ class PretrainConfig(LoopConfig):
     """Weight of an exposed candidate in the loss; unexposed ones count 1. K exposed stand against N_s unexposed."""
     inclusion_correction: Literal["log_q", "none"] = "log_q"
     """How sampled unexposed candidates are corrected: subtract their log inclusion probability, or not at all."""
-    calibration_requests: int = Field(1500, ge=1)
-    """Newest training requests, seen among the whole city, on which the level of pCTR is set after training."""
+    calibration_requests: int = Field(800, ge=1)
+    """Newest training requests seen among the whole city when the level of pCTR is set after training."""
 
 
 @config_dataclass(frozen=True, config=_STRICT)
@@ -47,7 +47,7 @@ class RewardConfig(LoopConfig):
 
     purchase_weight: float = Field(0.2, ge=0)
     """Weight of the purchase task."""
-    calibration_requests: int = Field(1500, ge=1)
+    calibration_requests: int = Field(800, ge=1)
     """As in stage 1, for the evaluator's level."""
 
 
@@ -163,34 +163,52 @@ def pretrain(network: EgaV1, samples: Samples, config: PretrainConfig, folder: P
         "pretrain", network, parameters, config, rows, step, lambda: pretrain_metrics(network, samples, check, config.batch), folder,
         {**fingerprint, "config": asdict(config)}, device,
     )  # fmt: skip
-    network.shift_click_level(intercept_shift(network, samples, newest(rows, config.calibration_requests)))
+    network.shift_click_level(intercept_shift(network, samples, rows, config.calibration_requests))
     return result
 
 
-def intercept_shift(network: EgaV1, samples: Samples, rows: np.ndarray, evaluator: Evaluator | None = None, batch: int = 32) -> float:
-    """What to add to the click logits so that mean pCTR equals CTR on the exposed ads of `rows`, seen among the whole city.
-
-    Training sees sampled candidates, serving the whole city; that moves the level of q a little, and prices multiply q.
-    """
-    logits, clicks = [], []
-    for start in range(0, len(rows), batch):
-        pool = encode_city(network, samples, np.sort(rows)[start : start + batch], 1 << 30, 0, batch)
-        page = torch.from_numpy(logged_pages(pool, samples))
-        if evaluator is None:
-            logit = torch.gather(pool.click, 1, page.clamp(min=0))
-        else:
-            with torch.no_grad():
-                logit, _ = network.page_logits(pool.h, pool.user, pool.click, pool.purchase, page, evaluator)
-        logits.append(logit[page >= 0].double().numpy())
-        clicks.append(np.asarray(samples.click[pool.requests, : samples.slots])[(page >= 0).numpy()])
-    z, rate = np.concatenate(logits), float(np.concatenate(clicks).mean())
-    if not 0.0 < rate < 1.0:
+def level_for(logits: np.ndarray, rate: float) -> float:
+    """What to add to logits so that the mean probability is `rate`; bisection."""
+    if not 0.0 < rate < 1.0 or len(logits) == 0:
         return 0.0
     low, high = -20.0, 20.0
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if float(np.mean(1 / (1 + np.exp(-(z + middle))))) < rate else (low, middle)
+        low, high = (middle, high) if float(np.mean(1 / (1 + np.exp(-(logits + middle))))) < rate else (low, middle)
     return (low + high) / 2
+
+
+def intercept_shift(network: EgaV1, samples: Samples, rows: np.ndarray, seen_in_city: int, evaluator: Evaluator | None = None, batch: int = 32) -> float:
+    """What to add to the click logits so that mean pCTR equals CTR on exposed ads, seen among the whole city as in serving.
+
+    Two steps, because clicks are rare and whole cities are dear: the level is set against the clicks of all `rows` among their sampled
+    candidates; then, without any click noise, the level that the same pages get among the whole city is set equal to that, on the
+    newest `seen_in_city` of the rows.
+    """
+    data = encode_exposed(network, samples, np.sort(rows))
+
+    def sampled(index: slice) -> np.ndarray:
+        part = {name: value[index] for name, value in data.items()}
+        logit = part["click_logit"]
+        if evaluator is not None:
+            with torch.no_grad():
+                logit, _ = evaluator(part["h"], part["user"], part["click_logit"], part["purchase_logit"], part["mask"])
+        return logit[part["mask"]].double().numpy()
+
+    everywhere = sampled(slice(None))
+    first = level_for(everywhere, float(data["click"][data["mask"]].double().mean()))
+    few = np.sort(rows)[-seen_in_city:]
+    logits = []
+    for start in range(0, len(few), batch):
+        pool = encode_city(network, samples, few[start : start + batch], 1 << 30, 0, batch)
+        page = torch.from_numpy(logged_pages(pool, samples))
+        logit = torch.gather(pool.click, 1, page.clamp(min=0))
+        if evaluator is not None:
+            with torch.no_grad():
+                logit, _ = network.page_logits(pool.h, pool.user, pool.click, pool.purchase, page, evaluator)
+        logits.append(logit[page >= 0].double().numpy())
+    among_sampled = float(np.mean(1 / (1 + np.exp(-(sampled(slice(-len(few), None)) + first)))))
+    return level_for(np.concatenate(logits), among_sampled)
 
 
 def logged_pages(pool: Pool, samples: Samples) -> np.ndarray:
@@ -329,7 +347,7 @@ def train_reward(
 
     result = run_stage(which, network, parameters, config, np.arange(len(rows)), step, validate, folder, {**fingerprint, "config": asdict(config)}, device)
     with torch.no_grad():
-        evaluator.click.layers[-1].bias += intercept_shift(network, samples, newest(rows, config.calibration_requests), evaluator)
+        evaluator.click.layers[-1].bias += intercept_shift(network, samples, rows, config.calibration_requests, evaluator)
     return result
 
 

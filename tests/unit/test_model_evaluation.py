@@ -130,7 +130,7 @@ NOT_MEASURED = [float("nan"), float("inf"), float("-inf"), None, "0.01", "x' or 
 
 @pytest.mark.parametrize("value", [*NOT_MEASURED, -0.001, -5.0, 0.0301, 1e9])
 def test_ic_gate_passes_nothing_but_a_small_measured_psi(value: Any) -> None:
-    gate = ic_gate(value, "critical", GATES)
+    gate = ic_gate(value, 0.0, "critical", GATES)
     assert gate.approved is False and gate.reason
 
 
@@ -141,7 +141,7 @@ def test_calibration_gate_passes_nothing_but_a_small_measured_dev(value: Any) ->
 
 def test_gates_pass_what_is_good() -> None:
     for value in (0.0, 0.03, np.float64(0.01)):
-        gate = ic_gate(value, "learned", GATES)
+        gate = ic_gate(value, 0.0, "learned", GATES)
         assert gate.approved is True and gate.value == value and "learned" in gate.reason
     assert calibration_gate(0.02, GATES).approved is True
 
@@ -265,7 +265,7 @@ def test_critical_prices_are_honest_and_gsp_is_not(market: SimpleNamespace) -> N
     psi = {mode: value["psi_exact"] for mode, value in market.result.metrics["psi"].items()}
     assert 0 <= psi["critical"] < 1e-3
     assert psi["gsp"] > 0.01 and psi["learned"] > 0.01
-    assert not psi["first_price"] <= GATES.psi_limit and not ic_gate(psi["first_price"], "first_price", GATES).approved
+    assert not psi["first_price"] <= GATES.psi_limit and not ic_gate(psi["first_price"], psi["first_price"], "first_price", GATES).approved
     assert market.result.metrics["psi"]["gsp"]["psi_paper"] > 0
 
 

@@ -437,17 +437,20 @@ def test_intercept_shift_makes_mean_pctr_the_click_rate(trained: SimpleNamespace
     head = network.click_head.rest.layers[-1] if which == "set" else network.evaluator.click.layers[-1]
     head.bias.data += 1.3
     evaluator = None if which == "set" else network.evaluator
-    head.bias.data += intercept_shift(network, samples, rows, evaluator)
+    head.bias.data += intercept_shift(network, samples, rows, len(rows), evaluator)
     pool = encode_city(network, samples, rows, 1 << 30, 0)
     page = torch.from_numpy(logged_pages(pool, samples))
     logit = pool.click.gather(1, page) if which == "set" else network.page_logits(pool.h, pool.user, pool.click, pool.purchase, page, evaluator)[0]
+    data = encode_exposed(network, samples, rows)
+    assert data["mask"].all()
     assert float(logit.sigmoid().mean()) == pytest.approx(float(samples.click[pool.requests, :5].mean()), rel=1e-3)
 
 
 def test_stages_leave_calibrated_probabilities(trained: SimpleNamespace) -> None:
     network, samples = network_of(trained, "payment"), trained.samples
     rows = samples.split_rows(schema.TRAIN)
-    assert abs(intercept_shift(network, samples, newest(rows, 64))) < 1e-4
+    # The level was set on all training requests with this many of them seen among the whole city.
+    assert abs(intercept_shift(network, samples, rows, 64)) < 1e-4
     data = encode_exposed(network, samples, rows[-64:])
     assert set(reward_metrics(network.evaluator, data)) >= {"score", "auc", "log_loss", "dev"}
 

@@ -75,10 +75,22 @@ def test_the_scan_leaves_what_is_safe(source):
     assert not unsafe(ast.parse(source))
 
 
+ATTACKS = {"tests/unit/test_model_bundle.py": {"pickle", "torch.save"}}
+"""Tests that write hostile files to show that loading refuses them; they read none."""
+
+
 def test_nothing_in_the_tree_unpickles_or_evaluates():
     assert len(FILES) > 100
-    found = {str(path.relative_to(ROOT)): hits for path in FILES if (hits := unsafe(ast.parse(path.read_text())))}
+    found = {}
+    for path in FILES:
+        name = path.relative_to(ROOT).as_posix()
+        hits = [hit for hit in unsafe(ast.parse(path.read_text())) if hit.partition(": ")[2] not in ATTACKS.get(name, set())]
+        if hits:
+            found[name] = hits
     assert not found
+    for name in ATTACKS:
+        reads = [node for node in ast.walk(ast.parse((ROOT / name).read_text())) if isinstance(node, ast.Attribute) and ast.unparse(node).startswith(("pickle.load", "pickle.Unpickler"))]
+        assert not reads, name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
