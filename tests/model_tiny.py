@@ -21,8 +21,8 @@ SIZES = VocabularySizes(ad=40, poi=40, advertiser=12, category=8, geo=20, creati
 _LOOP: dict[str, Any] = {"steps": 8, "batch": 24, "validate_every": 4, "warmup": 2, "validation_requests": 40, "patience": 20}
 TRAINING = TrainingConfig(
     pretrain=PretrainConfig(**_LOOP, calibration_requests=64),
-    reward=RewardConfig(**_LOOP, calibration_requests=64),
-    evaluation=RewardConfig(**_LOOP, seed=2, calibration_requests=64),
+    reward=RewardConfig(**_LOOP),
+    evaluation=RewardConfig(**_LOOP, seed=2),
     rlaf=RlafConfig(**_LOOP, requests=64, candidates=24),
     payment=PaymentConfig(**{**_LOOP, "batch": 8}, requests=48, candidates=24),
     threads=1,

@@ -47,8 +47,18 @@ class RewardConfig(LoopConfig):
 
     purchase_weight: float = Field(0.2, ge=0)
     """Weight of the purchase task."""
-    calibration_requests: int = Field(800, ge=1)
-    """As in stage 1, for the evaluator's level."""
+    steps: int = Field(500, ge=0)
+    """Most optimiser steps."""
+    batch: int = Field(256, ge=1)
+    """Requests a step."""
+    learning_rate: float = Field(5e-4, gt=0)
+    """Adam's peak rate."""
+    weight_decay: float = Field(0.3, ge=0)
+    """Decoupled weight decay; clicks are few and an evaluator that learns noise is what RLAF exploits."""
+    validate_every: int = Field(50, ge=1)
+    """Steps between validations."""
+    requests: int = Field(8000, ge=0)
+    """Training requests used, newest first; 0: all."""
 
 
 @config_dataclass(frozen=True, config=_STRICT)
@@ -57,7 +67,15 @@ class RlafConfig(LoopConfig):
 
     candidates: int = Field(256, ge=8)
     """Most candidates of a request; larger cities keep half by q*b and half at random."""
-    kl: float = Field(0.02, ge=0)
+    steps: int = Field(200, ge=0)
+    """Most optimiser steps."""
+    learning_rate: float = Field(5e-4, gt=0)
+    """Adam's peak rate."""
+    validate_every: int = Field(10, ge=1)
+    """Steps between validations: what the evaluators have to teach is learned quickly, what comes later is their noise."""
+    requests: int = Field(4096, ge=0)
+    """Training requests used, newest first; 0: all."""
+    kl: float = Field(0.3, ge=0)
     """Weight of KL(policy || separable policy), per slot."""
     entropy: float = Field(0.0, ge=0)
     """Weight of the entropy bonus, per slot."""
@@ -69,6 +87,16 @@ class PaymentConfig(LoopConfig):
 
     candidates: int = Field(256, ge=8)
     """As in stage 3."""
+    steps: int = Field(200, ge=0)
+    """Most optimiser steps."""
+    batch: int = Field(64, ge=1)
+    """Requests a step."""
+    validate_every: int = Field(40, ge=1)
+    """Steps between validations."""
+    requests: int = Field(2048, ge=0)
+    """Training requests used, newest first; 0: all."""
+    validation_requests: int = Field(512, ge=1)
+    """Validation requests used."""
     rho: float = Field(5.0, gt=0)
     """rho, quadratic penalty and step of the multipliers."""
     multiplier: float = Field(2.0, ge=0)
@@ -85,13 +113,13 @@ class TrainingConfig:
 
     pretrain: PretrainConfig = PretrainConfig()
     """Stage 1."""
-    reward: RewardConfig = RewardConfig(steps=600, validate_every=100, learning_rate=1e-3, batch=256)
+    reward: RewardConfig = RewardConfig()
     """Stage 2, training evaluator."""
-    evaluation: RewardConfig = RewardConfig(steps=600, validate_every=100, learning_rate=1e-3, batch=256, seed=2)
+    evaluation: RewardConfig = RewardConfig(seed=2)
     """Stage 2, evaluation evaluator."""
-    rlaf: RlafConfig = RlafConfig(steps=400, validate_every=50, learning_rate=1e-3, requests=4096, validation_requests=1024)
+    rlaf: RlafConfig = RlafConfig()
     """Stage 3."""
-    payment: PaymentConfig = PaymentConfig(steps=200, validate_every=40, learning_rate=1e-3, batch=64, requests=2048, validation_requests=512)
+    payment: PaymentConfig = PaymentConfig()
     """Stage 4."""
     threads: int = Field(2, ge=1)
     """CPU threads of every stage; part of the result."""
@@ -178,37 +206,21 @@ def level_for(logits: np.ndarray, rate: float) -> float:
     return (low + high) / 2
 
 
-def intercept_shift(network: EgaV1, samples: Samples, rows: np.ndarray, seen_in_city: int, evaluator: Evaluator | None = None, batch: int = 32) -> float:
-    """What to add to the click logits so that mean pCTR equals CTR on exposed ads, seen among the whole city as in serving.
+def intercept_shift(network: EgaV1, samples: Samples, rows: np.ndarray, seen_in_city: int) -> float:
+    """What to add to the set-aware click logits so that mean pCTR equals CTR on exposed ads, seen among the whole city as in serving.
 
     Two steps, because clicks are rare and whole cities are dear: the level is set against the clicks of all `rows` among their sampled
     candidates; then, without any click noise, the level that the same pages get among the whole city is set equal to that, on the
     newest `seen_in_city` of the rows.
     """
-    data = encode_exposed(network, samples, np.sort(rows))
-
-    def sampled(index: slice) -> np.ndarray:
-        part = {name: value[index] for name, value in data.items()}
-        logit = part["click_logit"]
-        if evaluator is not None:
-            with torch.no_grad():
-                logit, _ = evaluator(part["h"], part["user"], part["click_logit"], part["purchase_logit"], part["mask"])
-        return logit[part["mask"]].double().numpy()
-
-    everywhere = sampled(slice(None))
-    first = level_for(everywhere, float(data["click"][data["mask"]].double().mean()))
-    few = np.sort(rows)[-seen_in_city:]
-    logits = []
-    for start in range(0, len(few), batch):
-        pool = encode_city(network, samples, few[start : start + batch], 1 << 30, 0, batch)
-        page = torch.from_numpy(logged_pages(pool, samples))
-        logit = torch.gather(pool.click, 1, page.clamp(min=0))
-        if evaluator is not None:
-            with torch.no_grad():
-                logit, _ = network.page_logits(pool.h, pool.user, pool.click, pool.purchase, page, evaluator)
-        logits.append(logit[page >= 0].double().numpy())
-    among_sampled = float(np.mean(1 / (1 + np.exp(-(sampled(slice(-len(few), None)) + first)))))
-    return level_for(np.concatenate(logits), among_sampled)
+    sampled = encode_exposed(network, samples, rows)
+    logits = sampled["click_logit"][sampled["mask"]].double().numpy()
+    first = level_for(logits, float(sampled["click"][sampled["mask"]].double().mean()))
+    few = min(seen_in_city, len(rows))
+    newest_mask = sampled["mask"][-few:]
+    among_sampled = float(torch.sigmoid(sampled["click_logit"][-few:][newest_mask].double() + first).mean())
+    city = encode_exposed(network, samples, np.sort(rows)[-few:], whole_city=True)
+    return level_for(city["click_logit"][city["mask"]].double().numpy(), among_sampled)
 
 
 def logged_pages(pool: Pool, samples: Samples) -> np.ndarray:
@@ -298,21 +310,31 @@ def _stack(parts: list[np.ndarray], keep: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def encode_exposed(network: EgaV1, samples: Samples, rows: np.ndarray, batch: int = 128) -> dict[str, Tensor]:
-    """Frozen representations of the exposed pages of `rows`, seen among their sampled candidates: h [R, K, D] and so on."""
+def encode_exposed(network: EgaV1, samples: Samples, rows: np.ndarray, whole_city: bool = False, batch: int = 128) -> dict[str, Tensor]:
+    """Frozen representations of the exposed pages of `rows`, in time order: h [R, K, D] and so on.
+
+    The pages are seen among their sampled candidates, as in pre-training, or among the whole city, as in serving.
+    """
     network.eval()
     slots = samples.slots
     parts: dict[str, list[Tensor]] = {name: [] for name in ("h", "user", "click_logit", "purchase_logit", "click", "purchase", "mask")}
+    rows = np.sort(rows)
     for start in range(0, len(rows), batch):
-        b = samples.batch(np.sort(rows)[start : start + batch])
-        h, user = network.encode(b.inputs)
-        h = h[:, :slots].contiguous()
-        click, purchase = network.heads(h, user)
-        values = {
-            "h": h, "user": user, "click_logit": click, "purchase_logit": purchase,
-            "click": b.click[:, :slots], "purchase": b.purchase[:, :slots], "mask": b.exposed[:, :slots],
-        }
-        for name, value in values.items():
+        chosen = rows[start : start + batch]
+        if whole_city:
+            pool = encode_city(network, samples, chosen, 1 << 30, 0)
+            page = torch.from_numpy(logged_pages(pool, samples))
+            index = page.clamp(min=0)
+            h = torch.gather(pool.h, 1, index.unsqueeze(-1).expand(-1, -1, pool.h.shape[-1]))
+            user, mask = pool.user, page >= 0
+            click, purchase = torch.gather(pool.click, 1, index), torch.gather(pool.purchase, 1, index)
+        else:
+            b = samples.batch(chosen)
+            h, user = network.encode(b.inputs)
+            h, mask = h[:, :slots].contiguous(), b.exposed[:, :slots]
+            click, purchase = (logit[:, :slots] for logit in network.heads(h, user))
+        labels = {name: torch.from_numpy(np.asarray(getattr(samples, name)[chosen, :slots])).float() for name in ("click", "purchase")}
+        for name, value in {"h": h, "user": user, "click_logit": click, "purchase_logit": purchase, "mask": mask, **labels}.items():
             parts[name].append(value)
     return {name: torch.cat(value) for name, value in parts.items()}
 
@@ -332,8 +354,9 @@ def train_reward(
     days = np.unique(samples.day[train])
     mine = days[(0 if which == "reward" else 1) :: 2] if len(days) > 1 else days
     rows = newest(train[np.isin(samples.day[train], mine)], config.requests)
-    data = encode_exposed(network, samples, rows)
-    check = encode_exposed(network, samples, newest(samples.split_rows(schema.VALIDATION), config.validation_requests))
+    # Among the whole city, as the policy's pages will be seen: an evaluator trained among sampled candidates misjudged those by a quarter.
+    data = encode_exposed(network, samples, rows, whole_city=True)
+    check = encode_exposed(network, samples, newest(samples.split_rows(schema.VALIDATION), config.validation_requests), whole_city=True)
 
     def step(chosen: np.ndarray, noise: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         i = torch.from_numpy(chosen)
@@ -347,7 +370,8 @@ def train_reward(
 
     result = run_stage(which, network, parameters, config, np.arange(len(rows)), step, validate, folder, {**fingerprint, "config": asdict(config)}, device)
     with torch.no_grad():
-        evaluator.click.layers[-1].bias += intercept_shift(network, samples, rows, config.calibration_requests, evaluator)
+        logit, _ = evaluator(data["h"], data["user"], data["click_logit"], data["purchase_logit"], data["mask"])
+        evaluator.click.layers[-1].bias += level_for(logit[data["mask"]].double().numpy(), float(data["click"][data["mask"]].double().mean()))
     return result
 
 

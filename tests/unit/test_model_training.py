@@ -430,19 +430,14 @@ def test_logged_pages_are_found_among_the_city(trained: SimpleNamespace) -> None
     np.testing.assert_array_equal(cut, np.where(samples.candidate[4, :5] < 7, samples.candidate[4, :5], -1))
 
 
-@pytest.mark.parametrize("which", ["set", "evaluator"])
-def test_intercept_shift_makes_mean_pctr_the_click_rate(trained: SimpleNamespace, which: str) -> None:
+def test_intercept_shift_makes_mean_pctr_the_click_rate(trained: SimpleNamespace) -> None:
     network, samples = network_of(trained, "evaluation"), trained.samples
     rows = newest(samples.split_rows(schema.TRAIN), 100)
-    head = network.click_head.rest.layers[-1] if which == "set" else network.evaluator.click.layers[-1]
-    head.bias.data += 1.3
-    evaluator = None if which == "set" else network.evaluator
-    head.bias.data += intercept_shift(network, samples, rows, len(rows), evaluator)
+    bias = network.click_head.rest.layers[-1].bias
+    bias.data += 1.3
+    bias.data += intercept_shift(network, samples, rows, len(rows))
     pool = encode_city(network, samples, rows, 1 << 30, 0)
-    page = torch.from_numpy(logged_pages(pool, samples))
-    logit = pool.click.gather(1, page) if which == "set" else network.page_logits(pool.h, pool.user, pool.click, pool.purchase, page, evaluator)[0]
-    data = encode_exposed(network, samples, rows)
-    assert data["mask"].all()
+    logit = pool.click.gather(1, torch.from_numpy(logged_pages(pool, samples)))
     assert float(logit.sigmoid().mean()) == pytest.approx(float(samples.click[pool.requests, :5].mean()), rel=1e-3)
 
 
