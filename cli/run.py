@@ -89,6 +89,8 @@ def _run(config: RunConfig, run_dir: Path, data: Path | None, logs: Path | None,
     experiment = simulated and config.experiment.enabled and not no_experiment
     total = 2 + simulated + experiment
     say(f"run {run_dir.name}  (configuration {config.name}, seed {config.seed})")
+    if not simulated and config.world is not None:
+        say(f"note: state is kept per configuration name; {home} may hold a simulated market's store. Give your logs a configuration with a name of its own.")
     try:
         with home_lock(home):
             signing_key(home.parent, create=True)

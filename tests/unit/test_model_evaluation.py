@@ -131,6 +131,7 @@ NOT_MEASURED = [float("nan"), float("inf"), float("-inf"), None, "0.01", "x' or 
 @pytest.mark.parametrize("value", [*NOT_MEASURED, -0.001, -5.0, 0.0301, 1e9])
 def test_ic_gate_passes_nothing_but_a_small_measured_psi(value: Any) -> None:
     gate = ic_gate(value, 0.0, "critical", GATES)
+    assert ic_gate(0.0, value, "critical", GateConfig(psi_limit_independent=0.03)).approved is False, "the independent evaluator has its own limit"
     assert gate.approved is False and gate.reason
 
 
@@ -191,7 +192,7 @@ def test_revenue_gate_refuses_what_cannot_be_compared(both: pd.DataFrame) -> Non
      (0.01, float("nan"), 1.0, "critical"), (0.01, 1.0, 0.0, "critical"), (0.01, 1.0, float("nan"), "critical")],
 )  # fmt: skip
 def test_learned_prices_must_earn_their_place(psi: float, learned: float, critical: float, mode: str) -> None:
-    metrics = {"psi": {"learned": {"psi_exact": psi}}, "policies": {"ega_v1/learned": {"erpm": learned}, "ega_v1/critical": {"erpm": critical}}}
+    metrics = {"psi": {"learned": {"psi_exact_model": psi}}, "policies": {"ega_v1/learned": {"erpm": learned}, "ega_v1/critical": {"erpm": critical}}}
     assert choose_price_mode(metrics, GATES) == mode
 
 
