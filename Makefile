@@ -57,7 +57,7 @@ serve: $(STAMP)  ## the newest approved model of CONFIG over HTTP, on 127.0.0.1:
 	@$(BIN)/ega serve $(CONFIG) --port $(PORT) $(ARGS)
 
 lint: $(STAMP)  ## ruff, mypy --strict on auction/ and the schema, import rules
-	@$(BIN)/ruff check .
+	@$(BIN)/ruff check --no-cache .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 

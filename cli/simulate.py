@@ -11,9 +11,8 @@ def simulate(config: str, out: Path, data: Path | None = None, seed: int | None 
     Args: config, a path to a run config; out, a new folder; data, the check-ins folder of a world of kind `checkins`;
     seed, instead of the config's.
     """
-    from pipelines.config import load_run_config
-
     from marketplace.worlds import build_world
+    from pipelines.config import load_run_config
 
     run = load_run_config(config)
     world = build_world(run.world, run.seed if seed is None else seed, data)
