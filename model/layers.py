@@ -118,12 +118,17 @@ class ClusterAttention(nn.Module):
         heads = multi_head_attention(query_BND, clusters.key_BMD, clusters.value_BMD, self.heads, clusters.mask_BM)
         return self.out_dice(self.out(heads), mask_BN)
 
-    def forward(self, x_BND: Tensor, mask_BN: Tensor) -> Tensor:
+    def forward(self, x_BND: Tensor, mask_BN: Tensor, only_BK: Tensor | None = None) -> Tensor:
+        """[B, N, D], or [B, K, D]: what the tokens at positions `only_BK` get from all."""
         query, key, value = self.project(x_BND, mask_BN)
         if x_BND.shape[1] <= self.exact_up_to:
-            return self.finish(query, Clusters(self.key_map(key), self.value_map(value), mask_BN), mask_BN)
-        weight = cluster_weights(x_BND, self.prototypes, mask_BN).transpose(1, 2)
-        return self.finish(query, self.mix(weight @ query, weight @ key, weight @ value), mask_BN)
+            clusters = Clusters(self.key_map(key), self.value_map(value), mask_BN)
+        else:
+            weight = cluster_weights(x_BND, self.prototypes, mask_BN).transpose(1, 2)
+            clusters = self.mix(weight @ query, weight @ key, weight @ value)
+        if only_BK is None:
+            return self.finish(query, clusters, mask_BN)
+        return self.finish(take(query, only_BK), clusters, torch.gather(mask_BN, 1, only_BK))
 
     def forward_chunked(self, x_BND: Tensor, mask_BN: Tensor, chunk: int) -> Tensor:
         """The same result in two passes over chunks of tokens with an online softmax; memory O(chunk), evaluation only."""
@@ -149,6 +154,11 @@ class ClusterAttention(nn.Module):
             out[:, start : start + x.shape[1]] = self.finish(self.project(x, mask)[0], clusters, mask)
             start += x.shape[1]
         return out
+
+
+def take(x_BND: Tensor, index_BK: Tensor) -> Tensor:
+    """Tokens at positions [B, K] of [B, N, D]."""
+    return torch.gather(x_BND, 1, index_BK.unsqueeze(-1).expand(-1, -1, x_BND.shape[-1]))
 
 
 def _chunks(x_BND: Tensor, mask_BN: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -214,8 +224,9 @@ class ClusterBlock(nn.Module):
         self.attention = ClusterAttention(width, clusters, heads, exact_up_to, qkv_activation)
         self.forward_layer = FeedForward(width, factor)
 
-    def forward(self, x_BND: Tensor, mask_BN: Tensor) -> Tensor:
-        x_BND = x_BND + self.attention(self.norm_attention(x_BND), mask_BN)
+    def forward(self, x_BND: Tensor, mask_BN: Tensor, only_BK: Tensor | None = None) -> Tensor:
+        change = self.attention(self.norm_attention(x_BND), mask_BN, only_BK)
+        x_BND = (x_BND if only_BK is None else take(x_BND, only_BK)) + change
         return x_BND + self.forward_layer(self.norm_forward(x_BND))
 
 
@@ -227,7 +238,8 @@ class PointwiseBlock(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.forward_layer = FeedForward(width, factor)
 
-    def forward(self, x_BND: Tensor, mask_BN: Tensor) -> Tensor:
+    def forward(self, x_BND: Tensor, mask_BN: Tensor, only_BK: Tensor | None = None) -> Tensor:
+        x_BND = x_BND if only_BK is None else take(x_BND, only_BK)
         return x_BND + self.forward_layer(self.norm(x_BND))
 
 

@@ -17,6 +17,16 @@ VOLUME, MOUNT = "ega-runs", "/ega"
 SECRET, SECRET_KEY = "ega-signing-key", "key"  # noqa: S105 - the name of a secret
 """Kubernetes secret with the signing key as hex."""
 
+ENVIRONMENT = (
+    ("DO_NOT_TRACK", "1"),
+    ("BENTOML_DO_NOT_TRACK", "True"),
+    ("GX_ANALYTICS_ENABLED", "false"),
+    ("OMP_WAIT_POLICY", "PASSIVE"),
+    ("MALLOC_MMAP_THRESHOLD_", str(1 << 30)),
+    ("MALLOC_TRIM_THRESHOLD_", str(1 << 30)),
+)
+"""What `cli.main` sets for local steps, and why."""
+
 
 def _place(task: dsl.PipelineTask, cpu: str, memory: str, retries: int = 1) -> dsl.PipelineTask:
     """Resource requests, retries, volume and signing key of a step; ignored by local runs."""
@@ -24,7 +34,7 @@ def _place(task: dsl.PipelineTask, cpu: str, memory: str, retries: int = 1) -> d
     task.set_retry(num_retries=retries, backoff_duration="10s", backoff_factor=2.0)
     kubernetes.mount_pvc(task, pvc_name=VOLUME, mount_path=MOUNT)
     kubernetes.use_secret_as_env(task, secret_name=SECRET, secret_key_to_env={SECRET_KEY: "EGA_SIGNING_KEY"})
-    for name, value in (("DO_NOT_TRACK", "1"), ("BENTOML_DO_NOT_TRACK", "True"), ("GX_ANALYTICS_ENABLED", "false"), ("OMP_WAIT_POLICY", "PASSIVE")):
+    for name, value in ENVIRONMENT:
         task.set_env_variable(name, value)
     return task
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from auction import batch as auctions
 from model.ega_v1.network import EgaV1, Evaluator
+from model.layers import take
 
 PriceMode = Literal["critical", "learned", "gsp", "first_price"]
 PRICE_MODES: tuple[PriceMode, ...] = ("critical", "learned", "gsp", "first_price")
@@ -161,8 +162,7 @@ def others_bids(page_bids: np.ndarray, slot: np.ndarray) -> np.ndarray:
 def page_states(pool: Pool, pages: np.ndarray) -> Tensor:
     """h of the ads on pages [B, K]; zero rows where a slot is empty."""
     index = torch.from_numpy(np.maximum(pages, 0))
-    h = torch.gather(pool.h, 1, index.unsqueeze(-1).expand(-1, -1, pool.h.shape[-1]))
-    return h * torch.from_numpy(pages >= 0).unsqueeze(-1)
+    return take(pool.h, index) * torch.from_numpy(pages >= 0).unsqueeze(-1)
 
 
 @dataclass(frozen=True)

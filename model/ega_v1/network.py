@@ -27,6 +27,7 @@ from model.layers import (
     SelfAttentionBlock,
     SplitHead,
     freeze_dice,
+    take,
 )
 
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -62,6 +63,8 @@ class NetworkConfig:
     """Dice on Q, K, V before the split (paper), or none."""
     affinity: Literal["additive", "multiplicative", "both"] = "both"
     """What the generator may add to the separable score: A (paper), e^M as a factor, or both."""
+    examination: bool = True
+    """Beyond the paper: what each ad leaves of the reader's attention for the ads below, as a term of the evaluator's logits."""
     cross_features: bool = False
     """Explicit user x ad crosses (visited-before, category count, distance) in the heads, for Table 3."""
     gcf_on_ads: bool = True
@@ -225,18 +228,30 @@ class RecFormer(nn.Module):
             ad_BND = block(ad_BND, ad_mask_BN)
         return ad_BND
 
-    def after_fusion(self, ad_BND: Tensor, ad_mask_BN: Tensor, behaviour_BLD: Tensor, behaviour_mask_BL: Tensor) -> Tensor:
-        """From the states of `ads_before_fusion` (batch of one city or of B requests) to H_ad, [B, N, D]."""
+    def after_fusion(
+        self, ad_BND: Tensor, ad_mask_BN: Tensor, behaviour_BLD: Tensor, behaviour_mask_BL: Tensor, only_BK: Tensor | None = None
+    ) -> Tensor:
+        """From the states of `ads_before_fusion` (batch of one city or of B requests) to H_ad, [B, N, D].
+
+        With `only_BK` [B, K], positions of ads, just their rows of H_ad: all ads are seen, but what nobody reads of the last
+        block and of the last fusion is not computed.
+        """
         first = self.fusions[0]
         for block in self.behaviour_blocks[:first]:
             behaviour_BLD = block(behaviour_BLD, behaviour_mask_BL)
         ad_BND = ad_BND.expand(behaviour_BLD.shape[0], -1, -1)
         ad_mask_BN = ad_mask_BN.expand(behaviour_BLD.shape[0], -1)
         for number in range(first, self.config.blocks + 1):
-            if number > first:
+            if number == self.config.blocks and only_BK is not None:
+                if number > first:
+                    ad_BND = self.ad_blocks[number - 1](ad_BND, ad_mask_BN, only_BK)
+                else:
+                    ad_BND = take(ad_BND, only_BK)
+                ad_mask_BN = torch.gather(ad_mask_BN, 1, only_BK)
+            elif number > first:
                 ad_BND = self.ad_blocks[number - 1](ad_BND, ad_mask_BN)
-                if self.behaviour_blocks:
-                    behaviour_BLD = self.behaviour_blocks[number - 1](behaviour_BLD, behaviour_mask_BL)
+            if number > first and self.behaviour_blocks:
+                behaviour_BLD = self.behaviour_blocks[number - 1](behaviour_BLD, behaviour_mask_BL)
             if number in self.fusions:
                 ad_BND, behaviour_BLD = self._fuse(str(number), ad_BND, ad_mask_BN, behaviour_BLD, behaviour_mask_BL)
         return self.norm(ad_BND)
@@ -336,7 +351,15 @@ class Evaluator(nn.Module):
 
     Reads (h_i, slot, e_u) through self-attention over the K ads and starts exactly at the set-aware logits: it learns what
     the page adds. Never reads a bid.
+
+    Beyond the paper (`examination`): logit_k also gains sum_{j<k} g(h_j), g linear, because people read from the top and what
+    an ad leaves of their attention is shared by all ads below (as in cascade and dynamic Bayesian click models). Attention
+    alone finds the same in principle, but from a few thousand clicks it learns noise that stage 3 then exploits
+    (docs/model.md).
     """
+
+    EXAMINATION_GAIN = 4.0
+    """Adam moves a weight by about the learning rate a step; g has further to go than that allows."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
@@ -347,6 +370,9 @@ class Evaluator(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.click = MLP(width, config.head_hidden, 1, zero_last=True)
         self.purchase = MLP(width, config.head_hidden, 1, zero_last=True)
+        self.examination = nn.Linear(width, 1) if config.examination else None
+        if self.examination is not None:
+            _zero(self.examination)
 
     def forward(self, h_BKD: Tensor, user_BD: Tensor, click_logit_BK: Tensor, purchase_logit_BK: Tensor, mask_BK: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of pCTR and pCVR, [B, K] each."""
@@ -358,7 +384,15 @@ class Evaluator(nn.Module):
         for block in self.blocks:
             x = block(x, attend)
         x = self.norm(x)
-        return click_logit_BK + self.click(x).squeeze(-1), purchase_logit_BK + self.purchase(x).squeeze(-1)
+        above = self.attention_left(h_BKD, mask_BK)
+        return click_logit_BK + self.click(x).squeeze(-1) + above, purchase_logit_BK + self.purchase(x).squeeze(-1) + above
+
+    def attention_left(self, h_BKD: Tensor, mask_BK: Tensor) -> Tensor:
+        """sum_{j<k} g(h_j): what the ads above leave of the attention for slot k, in logits; [B, K], 0 in the first slot."""
+        if self.examination is None:
+            return torch.zeros_like(h_BKD[..., 0])
+        left = self.EXAMINATION_GAIN * self.examination(h_BKD).squeeze(-1) * mask_BK
+        return torch.cumsum(left, 1) - left
 
 
 class PaymentNetwork(nn.Module):
@@ -419,6 +453,7 @@ class EgaV1(nn.Module):
         self.purchase_head = SplitHead(config.width, config.head_hidden, prior)
         self.cross = nn.Linear(CROSS_FEATURES, config.width) if config.cross_features else None
         self.unexposed = nn.Parameter(torch.zeros(2, 4))
+        self.slot_bias = nn.Parameter(torch.zeros(config.slots))
         self.register_buffer("unexposed_start", torch.zeros(2))
         self.register_buffer("unexposed_knee", torch.tensor(prior + 1.0))
         self.generator = Generator(config)
@@ -427,18 +462,21 @@ class EgaV1(nn.Module):
         """Trained on other days with another seed; never a training signal of the policy, so that gates can use it."""
         self.payment = PaymentNetwork(config)
 
-    def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """High-order ad representations h [B, N, D] and e_u [B, D]."""
+    def encode(self, batch: Batch, only_BK: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """High-order ad representations h [B, N, D], or those at positions `only_BK` alone [B, K, D], and e_u [B, D]."""
         ads = self.features.ads(batch.ad_fields)
-        return self.encode_from(self.recformer.ads_before_fusion(ads, batch.ad_mask), batch)
+        return self.encode_from(self.recformer.ads_before_fusion(ads, batch.ad_mask), batch, only_BK)
 
-    def encode_from(self, ad_states: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def encode_from(self, ad_states: Tensor, batch: Batch, only_BK: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`encode` from cached ad states (`city_states`), which may have batch size 1."""
         user = self.features.user(batch.user_fields, batch.context_fields)
         behaviours, mask = self.features.behaviours(batch.behaviours, user)
-        h = self.recformer.after_fusion(ad_states, batch.ad_mask, behaviours, mask)
+        h = self.recformer.after_fusion(ad_states, batch.ad_mask, behaviours, mask, only_BK)
         if self.cross is not None:
-            h = h + self.cross(cross_features(batch.ad_fields.expand(h.shape[0], -1, -1), batch.behaviours, batch.ad_place, batch.request_place))
+            ad_fields, ad_place = (x.expand(h.shape[0], -1, -1) for x in (batch.ad_fields, batch.ad_place))
+            if only_BK is not None:
+                ad_fields, ad_place = take(ad_fields, only_BK), take(ad_place, only_BK)
+            h = h + self.cross(cross_features(ad_fields, batch.behaviours, ad_place, batch.request_place))
         return h, user
 
     def city_states(self, ad_fields: Tensor, ad_mask: Tensor) -> Tensor:
@@ -450,7 +488,16 @@ class EgaV1(nn.Module):
         return self.click_head(h_BND, user_BD), self.purchase_head(h_BND, user_BD)
 
     UNEXPOSED_GAIN = 10.0
-    """Adam moves a weight by about the learning rate a step; these scalars have further to go than that allows."""
+    """Adam moves a weight by about the learning rate a step; these scalars (and `slot_bias`) have further to go than that allows."""
+
+    def slot_logits(self) -> Tensor:
+        """[K] what the slot of an exposed ad adds to its log-odds of a click, mean 0.
+
+        Learned in pre-training and read nowhere else: what is shown first is clicked more because it is shown first, and
+        without this term q would credit that to the ads that the logging policy likes. q is then the pCTR in an average slot;
+        what a slot is worth on a given page is the evaluator's to say.
+        """
+        return self.UNEXPOSED_GAIN * (self.slot_bias - self.slot_bias.mean())
 
     def unexposed_logits(self, logit: Tensor, task: int) -> Tensor:
         """Log-odds of "clicked or visited elsewhere in the session" from those of "clicked when shown"; task 0 click, 1 purchase.
@@ -477,7 +524,7 @@ class EgaV1(nn.Module):
         shape = page_BK.shape
         pages = page_BK.reshape(shape[0], -1)
         index, mask = pages.clamp(min=0), (page_BK >= 0).reshape(-1, shape[-1])
-        h = torch.gather(h_BND, 1, index.unsqueeze(-1).expand(-1, -1, h_BND.shape[-1])).reshape(-1, shape[-1], h_BND.shape[-1])
+        h = take(h_BND, index).reshape(-1, shape[-1], h_BND.shape[-1])
         click, purchase = (torch.gather(x, 1, index).reshape(-1, shape[-1]) for x in (click_BN, purchase_BN))
         repeats = h.shape[0] // shape[0]
         logits = evaluator(h, user_BD.repeat_interleave(repeats, 0), click, purchase, mask)
@@ -493,7 +540,7 @@ class EgaV1(nn.Module):
             "payment": [self.payment],
         }
         parameters = [parameter for module in modules[stage] for parameter in module.parameters()]
-        return [*parameters, self.unexposed] if stage == "pretrain" else parameters
+        return [*parameters, self.unexposed, self.slot_bias] if stage == "pretrain" else parameters
 
     def enter_stage(self, stage: str) -> list[nn.Parameter]:
         """Freeze all but the stage's parameters; returns those. Dice statistics move in pre-training and never again."""

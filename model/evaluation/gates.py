@@ -30,7 +30,7 @@ class GateConfig:
     minimum_lift: float = -0.01
     """Lower 95 % bound of the paired relative eRPM lift over the incumbent must exceed this; a little below 0, so that a fresh
     model that is as good as its predecessor may replace it."""
-    dev_limit: float = Field(0.2, gt=0)
+    dev_limit: float = Field(0.1, gt=0)
     """Largest calibration deviation |1 - mean pCTR / CTR| on exposed test ads."""
 
 

@@ -20,7 +20,7 @@ from model.ega_v1.mechanism import PRICE_MODES, Pages, Pool, PriceMode, allocate
 from model.ega_v1.network import EgaV1
 from model.evaluation.metrics import auc, deviation, log_loss, mean_and_interval, recall_at
 from model.training.data import Samples
-from model.training.stages import encode_city, logged_pages, newest, pretrain_metrics
+from model.training.stages import encode_city, encode_exposed, logged_pages, newest, pretrain_metrics
 
 
 @config_dataclass(frozen=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
@@ -29,7 +29,7 @@ class EvaluationConfig:
 
     requests: int = Field(2000, ge=1)
     """Test requests replayed over the whole city, newest first."""
-    calibration_requests: int = Field(6000, ge=1)
+    calibration_requests: int = Field(12000, ge=1)
     """Test requests whose shown pages are read for AUC, log-loss and Dev on exposed ads; clicks are rare, so more than are replayed."""
     batch: int = Field(64, ge=1)
     """Requests encoded at a time."""
@@ -107,8 +107,7 @@ def replay(network: EgaV1, samples: Samples, config: EvaluationConfig, incumbent
             pages.append(frames[0])
             requests.append(frames[1])
     read_only = newest(samples.split_rows(schema.TEST), config.calibration_requests)
-    for pool in _pools(network, samples, np.setdiff1d(read_only, rows), config):
-        _logged(network, pool, samples, exposed)
+    _read(network, samples, np.setdiff1d(read_only, rows), exposed)
     per_request = pd.concat(requests, ignore_index=True)
     y, q = (np.concatenate(exposed[name]) for name in ("click", "evaluator"))
     base, other = (np.concatenate(exposed[name]) for name in ("set", "evaluation"))
@@ -178,6 +177,20 @@ def _logged(network: EgaV1, pool: Pool, samples: Samples, exposed: dict[str, lis
     bid = np.nan_to_num(np.asarray(samples.exposed_bid[rows])) * shown
     frame = _sum_frame("logged", pool, samples, ctr["evaluation"] * shown, payment, bid)
     return _rows_frame("logged", pool, samples, page, bid, payment, ctr["evaluator"]), frame
+
+
+@torch.no_grad()
+def _read(network: EgaV1, samples: Samples, rows: np.ndarray, exposed: dict[str, list[np.ndarray]]) -> None:
+    """`_logged` for requests of which only the shown ads' pCTRs are wanted."""
+    if len(rows) == 0:
+        return
+    data = encode_exposed(network, samples, rows, whole_city=True)
+    shown = data["mask"]
+    page = (data["h"], data["user"], data["click_logit"], data["purchase_logit"], shown)
+    exposed["click"].append(data["click"][shown].numpy().astype(samples.click.dtype))
+    exposed["set"].append(torch.sigmoid(data["click_logit"])[shown].double().numpy())
+    for name, evaluator in (("evaluator", network.evaluator), ("evaluation", network.evaluation_evaluator)):
+        exposed[name].append(torch.sigmoid(evaluator(*page)[0])[shown].double().numpy())
 
 
 INCUMBENT = "incumbent"

@@ -6,6 +6,7 @@ Shape letters: B requests, N candidates, M sampled candidates, K slots, D width,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +20,10 @@ from torch.nn import functional as F
 
 from marketplace import schema
 from model.ega_v1.mechanism import Bidding, Pages, Pool, allocate, learned_prices, truthful, try_bids
-from model.ega_v1.network import EgaV1, Evaluator, NetworkConfig, allocation_scores
+from model.ega_v1.network import Batch, EgaV1, Evaluator, NetworkConfig, allocation_scores
 from model.evaluation.metrics import auc, deviation, log_loss
-from model.training.data import Samples, TrainingBatch, geo_table, vocabulary_sizes
+from model.layers import take
+from model.training.data import City, Samples, TrainingBatch, geo_table, vocabulary_sizes
 from model.training.loop import Device, LoopConfig, StageResult, run_stage
 
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -37,8 +39,10 @@ class PretrainConfig(LoopConfig):
     """Weight of an exposed candidate in the loss; unexposed ones count 1. K exposed stand against N_s unexposed."""
     inclusion_correction: Literal["log_q", "none"] = "log_q"
     """How sampled unexposed candidates are corrected: subtract their log inclusion probability, or not at all."""
+    slot_bias: bool = True
+    """Beyond the paper: exposed ads get a learned term for their slot, so that q is not credited with what the slot did."""
     calibration_requests: int = Field(800, ge=1)
-    """Newest training requests seen among the whole city when the level of pCTR is set after training."""
+    """Newest validation requests seen among the whole city when the level of pCTR is set after training."""
 
 
 @config_dataclass(frozen=True, config=_STRICT)
@@ -75,7 +79,7 @@ class RlafConfig(LoopConfig):
     """Steps between validations: what the evaluators have to teach is learned quickly, what comes later is their noise."""
     requests: int = Field(4096, ge=0)
     """Training requests used, newest first; 0: all."""
-    kl: float = Field(0.3, ge=0)
+    kl: float = Field(0.1, ge=0)
     """Weight of KL(policy || separable policy), per slot."""
     entropy: float = Field(0.0, ge=0)
     """Weight of the entropy bonus, per slot."""
@@ -155,26 +159,41 @@ def pretrain_loss(network: EgaV1, batch: TrainingBatch, config: PretrainConfig) 
         zip(network.heads(h, user), (batch.click, batch.purchase), (1.0, config.purchase_weight), strict=True)
     ):
         correction = batch.log_inclusion if config.inclusion_correction == "log_q" else 0.0
-        logit = torch.where(batch.exposed, logit, network.unexposed_logits(logit, index) - correction)
+        shown = in_slot(network, logit) if config.slot_bias else logit
+        logit = torch.where(batch.exposed, shown, network.unexposed_logits(logit, index) - correction)
         losses = F.binary_cross_entropy_with_logits(logit, label, reduction="none") * torch.where(batch.exposed, config.exposed_weight, 1.0)
         total = total + weight * (losses * mask).sum() / (len(batch.requests) * network.config.slots)
     return total
 
 
+def in_slot(network: EgaV1, logit_BM: Tensor) -> Tensor:
+    """Logits of samples with `EgaV1.slot_logits` added to their first K columns, which hold the exposed ads in slot order."""
+    return logit_BM + F.pad(network.slot_logits(), (0, logit_BM.shape[1] - network.config.slots))
+
+
 @torch.no_grad()
 def pretrain_metrics(network: EgaV1, samples: Samples, rows: np.ndarray, batch: int) -> dict[str, float]:
-    """AUC on all sampled candidates, on exposed ones, Dev and log-loss on exposed ones; `score` is the mean of both AUCs."""
-    scores, labels, exposed = [], [], []
+    """AUC on all sampled candidates, on exposed ones, Dev and log-loss on exposed ones, all of q alone.
+
+    `score` is the mean of the AUC on all and of `auc_exposed_in_slot`, which adds the slot's term to q: judged by q alone, a
+    model would gain by crediting its ads with the slots that they had.
+    """
+    scores, labels, exposed, placed = [], [], [], []
     for start in range(0, len(rows), batch):
         b = samples.batch(rows[start : start + batch])
         h, user = network.encode(b.inputs)
         mask = b.inputs.ad_mask
-        scores.append(torch.sigmoid(network.click_head(h, user))[mask].numpy())
+        logit = network.click_head(h, user)
+        scores.append(torch.sigmoid(logit)[mask].numpy())
+        placed.append(torch.sigmoid(in_slot(network, logit))[mask].numpy())
         labels.append(b.click[mask].numpy())
         exposed.append(b.exposed[mask].numpy())
     q, y, shown = np.concatenate(scores), np.concatenate(labels), np.concatenate(exposed)
-    result = {"auc": auc(y, q), "auc_exposed": auc(y[shown], q[shown]), "dev": deviation(q[shown], y[shown]), "log_loss": log_loss(y[shown], q[shown])}
-    return {"score": (result["auc"] + result["auc_exposed"]) / 2, **result}
+    result = {
+        "auc": auc(y, q), "auc_exposed": auc(y[shown], q[shown]), "auc_exposed_in_slot": auc(y[shown], np.concatenate(placed)[shown]),
+        "dev": deviation(q[shown], y[shown]), "log_loss": log_loss(y[shown], q[shown]),
+    }  # fmt: skip
+    return {"score": (result["auc"] + result["auc_exposed_in_slot"]) / 2, **result}
 
 
 def pretrain(network: EgaV1, samples: Samples, config: PretrainConfig, folder: Path, device: Device, fingerprint: dict[str, Any]) -> StageResult:
@@ -191,7 +210,7 @@ def pretrain(network: EgaV1, samples: Samples, config: PretrainConfig, folder: P
         "pretrain", network, parameters, config, rows, step, lambda: pretrain_metrics(network, samples, check, config.batch), folder,
         {**fingerprint, "config": asdict(config)}, device,
     )  # fmt: skip
-    network.shift_click_level(intercept_shift(network, samples, rows, config.calibration_requests))
+    network.shift_click_level(intercept_shift(network, samples, samples.split_rows(schema.VALIDATION), config.calibration_requests))
     return result
 
 
@@ -209,10 +228,14 @@ def level_for(logits: np.ndarray, rate: float) -> float:
 def intercept_shift(network: EgaV1, samples: Samples, rows: np.ndarray, seen_in_city: int) -> float:
     """What to add to the set-aware click logits so that mean pCTR equals CTR on exposed ads, seen among the whole city as in serving.
 
-    Two steps, because clicks are rare and whole cities are dear: the level is set against the clicks of all `rows` among their sampled
-    candidates; then, without any click noise, the level that the same pages get among the whole city is set equal to that, on the
-    newest `seen_in_city` of the rows.
+    `rows` are validation requests: what a model says of pages that it was trained on is some per cent lower than what it says of
+    new ones (noise in a logit raises the mean of a small probability), and histories grow with time. Two steps, because clicks
+    are rare and whole cities are dear: the level is set against the clicks of all `rows` among their sampled candidates; then,
+    without any click noise, the level that the same pages get among the whole city is set equal to that, on the newest
+    `seen_in_city` of the rows. Without rows nothing is shifted.
     """
+    if len(rows) == 0:
+        return 0.0
     sampled = encode_exposed(network, samples, rows)
     logits = sampled["click_logit"][sampled["mask"]].double().numpy()
     first = level_for(logits, float(sampled["click"][sampled["mask"]].double().mean()))
@@ -225,12 +248,16 @@ def intercept_shift(network: EgaV1, samples: Samples, rows: np.ndarray, seen_in_
 
 def logged_pages(pool: Pool, samples: Samples) -> np.ndarray:
     """Candidate positions [B, K] of the pages that were really shown; -1 where a slot was empty."""
-    shown = np.asarray(samples.candidate[pool.requests, : samples.slots])
-    page = np.full(shown.shape, -1)
-    for i, rows in enumerate(pool.ad_rows):
+    return positions_of(samples.candidate[pool.requests, : samples.slots], pool.ad_rows)
+
+
+def positions_of(shown_BK: np.ndarray, rows_BN: np.ndarray) -> np.ndarray:
+    """Where the ad rows `shown_BK` (-1: none) lie in ascending `rows_BN`, whose padding (-1) comes last; -1 where they do not."""
+    page = np.full(shown_BK.shape, -1)
+    for i, rows in enumerate(rows_BN):
         real = rows[rows >= 0]
-        at = np.minimum(np.searchsorted(real, shown[i]), len(real) - 1)
-        page[i] = np.where((shown[i] >= 0) & (real[at] == shown[i]), at, -1)
+        at = np.minimum(np.searchsorted(real, shown_BK[i]), len(real) - 1)
+        page[i] = np.where((shown_BK[i] >= 0) & (real[at] == shown_BK[i]), at, -1)
     return page
 
 
@@ -243,6 +270,18 @@ def newest(rows: np.ndarray, count: int) -> np.ndarray:
 # Frozen representations for the later stages
 
 
+def _city_batches(samples: Samples, rows: np.ndarray, batch: int = 32) -> Iterator[tuple[np.ndarray, City, Batch]]:
+    """Requests [B] of one day and city, with that city and the inputs for its whole active catalogue."""
+    order = rows[np.lexsort((rows, samples.city_code[rows], samples.day[rows]))]
+    place = np.stack([np.asarray(samples.day[order]), np.asarray(samples.city_code[order])], 1)
+    ends = np.flatnonzero((place[1:] != place[:-1]).any(1)) + 1
+    for group in np.split(order, ends) if len(order) else ():
+        city = samples.city(int(samples.day[group[0]]), int(samples.city_code[group[0]]))
+        for start in range(0, len(group), batch):
+            requests = group[start : start + batch]
+            yield requests, city, samples.inputs(requests, city.rows[None], np.ones((1, len(city.rows)), bool))
+
+
 @torch.no_grad()
 def encode_city(network: EgaV1, samples: Samples, rows: np.ndarray, candidates: int, seed: int, batch: int = 32) -> Pool:
     """The whole active city as candidates, as in serving; beyond `candidates` half are kept by q*b and half at random.
@@ -250,32 +289,19 @@ def encode_city(network: EgaV1, samples: Samples, rows: np.ndarray, candidates: 
     The network always sees the whole city; only what is *kept* for the later stage is thinned.
     """
     network.eval()
-    order = np.lexsort((rows, samples.city_code[rows], samples.day[rows]))
     parts: list[tuple[np.ndarray, ...]] = []
     keep = max((min(candidates, len(samples.city(d, c).rows)) for d, c in {(int(samples.day[r]), int(samples.city_code[r])) for r in rows}), default=0)
     draw = np.random.default_rng(seed)
-    position = 0
-    while position < len(order):
-        first = rows[order[position]]
-        day, code = int(samples.day[first]), int(samples.city_code[first])
-        stop = position
-        while stop < len(order) and stop - position < batch and (int(samples.day[rows[order[stop]]]), int(samples.city_code[rows[order[stop]]])) == (day, code):
-            stop += 1
-        requests = rows[order[position:stop]]
-        city = samples.city(day, code)
-        inputs = samples.inputs(requests, city.rows[None], np.ones((1, len(city.rows)), bool))
+    for requests, city, inputs in _city_batches(samples, rows, batch):
         h, user = network.encode(inputs)
         click, purchase = network.heads(h, user)
         bid = np.broadcast_to(city.bid, click.shape)
         chosen = _thin(torch.sigmoid(click).numpy() * bid, keep, draw)
         index = torch.from_numpy(chosen)
         parts.append((
-            requests,
-            torch.gather(h, 1, index.unsqueeze(-1).expand(-1, -1, h.shape[-1])).numpy(), user.numpy(),
-            torch.gather(click, 1, index).numpy(), torch.gather(purchase, 1, index).numpy(),
+            requests, take(h, index).numpy(), user.numpy(), torch.gather(click, 1, index).numpy(), torch.gather(purchase, 1, index).numpy(),
             city.bid[chosen], city.reserve[chosen], city.rows[chosen], np.full(len(requests), city.unit),
-        ))
-        position = stop
+        ))  # fmt: skip
     columns = [_stack([part[i] for part in parts], keep) for i in range(9)]
     mask = columns[7] >= 0
     back = np.argsort(columns[0], kind="stable")
@@ -317,26 +343,23 @@ def encode_exposed(network: EgaV1, samples: Samples, rows: np.ndarray, whole_cit
     """
     network.eval()
     slots = samples.slots
-    parts: dict[str, list[Tensor]] = {name: [] for name in ("h", "user", "click_logit", "purchase_logit", "click", "purchase", "mask")}
     rows = np.sort(rows)
-    for start in range(0, len(rows), batch):
-        chosen = rows[start : start + batch]
-        if whole_city:
-            pool = encode_city(network, samples, chosen, 1 << 30, 0)
-            page = torch.from_numpy(logged_pages(pool, samples))
-            index = page.clamp(min=0)
-            h = torch.gather(pool.h, 1, index.unsqueeze(-1).expand(-1, -1, pool.h.shape[-1]))
-            user, mask = pool.user, page >= 0
-            click, purchase = torch.gather(pool.click, 1, index), torch.gather(pool.purchase, 1, index)
-        else:
-            b = samples.batch(chosen)
+    parts: list[tuple[np.ndarray, Tensor, Tensor, Tensor]] = []
+    if whole_city:
+        for requests, city, inputs in _city_batches(samples, rows):
+            page = torch.from_numpy(positions_of(samples.candidate[requests, :slots], np.broadcast_to(city.rows, (len(requests), len(city.rows)))))
+            h, user = network.encode(inputs, page.clamp(min=0))
+            parts.append((requests, h, user, page >= 0))
+    else:
+        for start in range(0, len(rows), batch):
+            b = samples.batch(rows[start : start + batch])
             h, user = network.encode(b.inputs)
-            h, mask = h[:, :slots].contiguous(), b.exposed[:, :slots]
-            click, purchase = (logit[:, :slots] for logit in network.heads(h, user))
-        labels = {name: torch.from_numpy(np.asarray(getattr(samples, name)[chosen, :slots])).float() for name in ("click", "purchase")}
-        for name, value in {"h": h, "user": user, "click_logit": click, "purchase_logit": purchase, "mask": mask, **labels}.items():
-            parts[name].append(value)
-    return {name: torch.cat(value) for name, value in parts.items()}
+            parts.append((rows[start : start + batch], h[:, :slots].contiguous(), user, b.exposed[:, :slots]))
+    order = torch.from_numpy(np.argsort(np.concatenate([part[0] for part in parts]), kind="stable"))
+    h, user, mask = (torch.cat([part[i] for part in parts])[order] for i in (1, 2, 3))
+    click, purchase = network.heads(h, user)
+    labels = {name: torch.from_numpy(np.asarray(getattr(samples, name)[rows, :slots])).float() for name in ("click", "purchase")}
+    return {"h": h, "user": user, "click_logit": click, "purchase_logit": purchase, "mask": mask, **labels}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -369,9 +392,9 @@ def train_reward(
         return reward_metrics(evaluator, check)
 
     result = run_stage(which, network, parameters, config, np.arange(len(rows)), step, validate, folder, {**fingerprint, "config": asdict(config)}, device)
-    with torch.no_grad():
-        logit, _ = evaluator(data["h"], data["user"], data["click_logit"], data["purchase_logit"], data["mask"])
-        evaluator.click.layers[-1].bias += level_for(logit[data["mask"]].double().numpy(), float(data["click"][data["mask"]].double().mean()))
+    with torch.no_grad():  # the level is set where nothing was learned, as in `intercept_shift`
+        logit, _ = evaluator(check["h"], check["user"], check["click_logit"], check["purchase_logit"], check["mask"])
+        evaluator.click.layers[-1].bias += level_for(logit[check["mask"]].double().numpy(), float(check["click"][check["mask"]].double().mean()))
     return result
 
 

@@ -12,6 +12,7 @@ from model_tiny import NETWORK, SIZES, random_batch, random_pool, tiny_network
 from samples_fixture import tiny_samples
 
 from marketplace import schema
+from model import layers
 from model.bundle import Bundle
 from model.ega_v1.engine import RankingEngine
 from model.ega_v1.mechanism import PRICE_MODES, allocate, learned_prices, prices, truthful, try_bids
@@ -32,6 +33,7 @@ SWITCHES: list[dict[str, Any]] = [
     {"affinity": "additive"},
     {"affinity": "multiplicative"},
     {"cross_features": True},
+    {"examination": False},
     {"payment_form": "rate"},
     {"payment_inputs": "literal", "payment_form": "rate"},
     {"exact_behaviours": 0},
@@ -61,7 +63,18 @@ def test_every_switch_runs_forward_and_backward(change: dict[str, Any]) -> None:
     gradients = {name: parameter.grad for name, parameter in network.named_parameters() if parameter.grad is not None}
     assert all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values())
     unread = {name.split(".")[0] for name, _ in network.named_parameters()} - {name.split(".")[0] for name in gradients}
-    assert unread <= {"unexposed", "evaluation_evaluator"}  # read by the pre-training loss, and by nobody here
+    assert unread <= {"unexposed", "slot_bias", "evaluation_evaluator"}  # read by the pre-training loss, and by nobody here
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", SWITCHES, ids=lambda change: ",".join(f"{k}={v}" for k, v in change.items()) or "default")
+def test_some_ads_are_encoded_as_among_all(change: dict[str, Any]) -> None:
+    network, batch = tiny_network(noise=0.3, **change).eval(), random_batch()
+    only = torch.stack([torch.randperm(int(mask.sum()))[:3] for mask in batch.ad_mask])
+    whole, user = network.encode(batch)
+    some, same_user = network.encode(batch, only)
+    torch.testing.assert_close(some, layers.take(whole, only), rtol=1e-5, atol=1e-5)
+    assert torch.equal(user, same_user)
 
 
 def test_without_cluster_attention_no_ad_sees_another() -> None:
@@ -212,6 +225,21 @@ def test_evaluator_reads_the_page_and_nothing_behind_its_end() -> None:
     assert torch.equal(network.evaluator(h, pool.user, pool.click[:, :5], pool.purchase[:, :5], mask)[0][:, :3], first[:, :3])
     nothing = network.page_logits(*args, torch.full_like(page, -1))[0]
     assert bool(torch.isfinite(nothing).all())
+
+
+@torch.no_grad()
+def test_examination_is_the_sum_over_the_ads_above() -> None:
+    network = tiny_network(noise=0.5)
+    evaluator = network.evaluator
+    h, mask = torch.randn(3, 5, network.config.width), torch.ones(3, 5, dtype=torch.bool)
+    mask[1, 2] = False
+    own = evaluator.EXAMINATION_GAIN * (h @ evaluator.examination.weight[0] + evaluator.examination.bias) * mask
+    expected = torch.stack([own[:, :slot].sum(1) for slot in range(5)], 1)
+    torch.testing.assert_close(evaluator.attention_left(h, mask), expected)
+    assert bool((evaluator.attention_left(h, mask)[:, 0] == 0).all())
+    plain = tiny_network(noise=0.5, examination=False).evaluator
+    assert plain.examination is None
+    assert bool((plain.attention_left(h, mask) == 0).all())
 
 
 @torch.no_grad()

@@ -33,6 +33,7 @@ from model.training.stages import (
     encode_exposed,
     generator_scores,
     greedy_page,
+    in_slot,
     intercept_shift,
     logged_pages,
     marginal_rewards,
@@ -282,7 +283,7 @@ def test_log_q_recovers_the_true_probabilities() -> None:
 
         def closure(optimiser: Any = optimiser, stub: Any = stub, batch: Any = batch, correction: str = correction) -> torch.Tensor:
             optimiser.zero_grad()
-            loss = pretrain_loss(stub, batch, replace(TRAINING.pretrain, inclusion_correction=correction))
+            loss = pretrain_loss(stub, batch, replace(TRAINING.pretrain, inclusion_correction=correction, slot_bias=False))
             loss.backward()
             return loss
 
@@ -443,11 +444,34 @@ def test_intercept_shift_makes_mean_pctr_the_click_rate(trained: SimpleNamespace
 
 def test_stages_leave_calibrated_probabilities(trained: SimpleNamespace) -> None:
     network, samples = network_of(trained, "payment"), trained.samples
-    rows = samples.split_rows(schema.TRAIN)
-    # The level was set on all training requests with this many of them seen among the whole city.
+    rows = samples.split_rows(schema.VALIDATION)
+    # The level was set on all validation requests with this many of them seen among the whole city.
     assert abs(intercept_shift(network, samples, rows, 64)) < 1e-4
-    data = encode_exposed(network, samples, rows[-64:])
-    assert set(reward_metrics(network.evaluator, data)) >= {"score", "auc", "log_loss", "dev"}
+    assert intercept_shift(network, samples, rows[:0], 64) == 0.0
+    for which, evaluator in (("reward", network.evaluator), ("evaluation", network.evaluation_evaluator)):
+        used = newest(rows, getattr(trained.config, which).validation_requests)
+        assert reward_metrics(evaluator, encode_exposed(network, samples, used, whole_city=True))["dev"] < 1e-4
+
+
+def test_slot_term_takes_what_the_slot_did(trained: SimpleNamespace) -> None:
+    network, samples = network_of(trained, "pretrain"), trained.samples
+    term = network.slot_logits()
+    assert float(term.sum()) == pytest.approx(0.0, abs=1e-5)
+    assert float(term[0]) > float(term[2]) > float(term[4])  # `learnable` clicks fall with the slot
+    logit = torch.zeros(2, samples.candidate.shape[1])
+    placed = in_slot(network, logit)
+    torch.testing.assert_close(placed[0, :5], term)
+    assert bool((placed[:, 5:] == 0).all())  # unexposed ads have no slot
+
+    def gradient(slot_bias: bool) -> torch.Tensor | None:
+        network.enter_stage("pretrain")
+        network.zero_grad(set_to_none=True)
+        config = replace(trained.config.pretrain, slot_bias=slot_bias)
+        pretrain_loss(network, samples.batch(samples.split_rows(schema.TRAIN)[:32]), config).backward()
+        return network.slot_bias.grad
+
+    assert gradient(False) is None
+    assert float(gradient(True).abs().max()) > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
