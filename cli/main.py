@@ -133,6 +133,27 @@ def monitor(
     raise typer.Exit(_guarded(lambda: monitor_command(traffic, reference, out, config)))
 
 
+@app.command("replay-price")
+def replay_price(
+    receipt: Annotated[str, typer.Argument(help="File with receipts: one JSON object, a list, or one object a line; - reads standard input.")],
+) -> None:
+    """Recompute a charge from its price receipt alone. Exit code 1 if it differs."""
+    from cli.receipts import replay_price as command
+
+    raise typer.Exit(_guarded(lambda: command(receipt)))
+
+
+@app.command("replay-day")
+def replay_day(
+    config: Config,
+    day: Annotated[Optional[str], typer.Option(help="UTC day, e.g. 2026-03-31; default: every day.")] = None,  # noqa: UP045
+) -> None:
+    """Recompute every charge that the service of a configuration made, from the receipts. Exit code 1 if any differs."""
+    from cli.receipts import replay_day as command
+
+    raise typer.Exit(_guarded(lambda: command(config, day)))
+
+
 @app.command()
 def doctor() -> None:
     """Versions, stores and disk: what is wrong and how to mend it."""

@@ -53,6 +53,8 @@ class RankedAds(NamedTuple):
     pctr: np.ndarray
     price: np.ndarray
     propensity: np.ndarray
+    next_score: np.ndarray
+    """pctr * bid of the next ad, which the price is made of."""
 
 
 class BootstrapPolicy:
@@ -116,9 +118,9 @@ class BootstrapPolicy:
         Args: bids [A] and reserve [A] or one number, currency per click; eligible [A] bool or None for all; slots, K;
         rng, for the exploration. Returns K' <= K ads; price <= bid; propensity of each ad given the slots above.
         """
-        rows, pctr, price, propensity = self.rank_batch(np.array([latitude]), np.array([longitude]), bids, eligible, rng.random((1, slots, 2)), reserve)
-        kept = rows[0] >= 0
-        return RankedAds(rows[0][kept], pctr[0][kept], price[0][kept], propensity[0][kept])
+        pages = self.rank_batch(np.array([latitude]), np.array([longitude]), bids, eligible, rng.random((1, slots, 2)), reserve)
+        kept = pages.rows[0] >= 0
+        return RankedAds(*(values[0][kept] for values in pages))
 
     def rank_batch(
         self,
@@ -138,7 +140,7 @@ class BootstrapPolicy:
             allowed &= np.asarray(eligible, bool)[self._order]
         kept = np.flatnonzero(allowed)
         batch, slots = uniforms.shape[:2]
-        pages = RankedAds(np.full((batch, slots), -1, np.int64), *(np.zeros((batch, slots)) for _ in range(3)))
+        pages = RankedAds(np.full((batch, slots), -1, np.int64), *(np.zeros((batch, slots)) for _ in range(4)))
         if len(kept):
             step = max(1, _CELLS_AT_ONCE // len(bids))
             for start in range(0, batch, step):
@@ -159,7 +161,8 @@ class BootstrapPolicy:
         rows = np.take_along_axis(recalled, place, axis=1)
         page_pctr = np.take_along_axis(pctr, place, axis=1)
         price = gsp_prices(page_pctr, bids[rows], left, reserve[rows])
-        return self._order[rows], page_pctr, price, propensity
+        next_score = np.concatenate([(page_pctr * bids[rows])[:, 1:], left[:, None]], axis=1)
+        return self._order[rows], page_pctr, price, propensity, next_score
 
     def _recall(self, log_pctr: np.ndarray, kept: np.ndarray) -> np.ndarray:
         if len(kept) <= self.config.recall:

@@ -18,7 +18,7 @@ from serving.users import UserReader
 def assemble(config: ServingConfig) -> Ranking:
     """A Ranking over the real stores of `config.home`; not warm yet. Raises where a model is not approved or a store is missing."""
     kinds = {arm.policy for arm in config.arms}
-    policies: dict[str, Policy] = {"bootstrap": Bootstrap(config.bootstrap_epsilon, config.seed)}
+    policies: dict[str, Policy] = {"bootstrap": Bootstrap(config.bootstrap_epsilon, config.seed, config.currency_step)}
     users: UserReader[Any] = UserReader(lambda user_id: None, config.feature_deadline_ms / 1e3)
     if "model" in kinds:
         length = int(read_snapshot(config.home)["behaviours"])
@@ -36,4 +36,4 @@ def _model(config: ServingConfig, behaviours: int) -> Model:
     key = signing_key(config.key_home)
     entry = approved(config.home, config.model_tag, key) if config.model_tag else newest_approved(config.home, key)
     default = entry.price_mode if config.price_mode == "auto" else config.price_mode
-    return Model(entry.folder, key, default, entry.price_mode == "learned", behaviours, config.torch_threads)
+    return Model(entry.folder, key, default, entry.price_mode == "learned", behaviours, config.torch_threads, config.currency_step)

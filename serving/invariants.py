@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from auction import gsp_prices
+from auction.receipt import charge
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class PricedPage:
     """Probability that the policy put this ad in this slot, given the slots above; 1 for a deterministic policy."""
     price_mode: str
     basis: list[dict[str, Any]] = field(default_factory=list)
-    """What each price rests on, JSON-able, for the receipts; empty if the policy has nothing to add."""
+    """What each price rests on, JSON-able, for the receipts (auction.receipt)."""
 
 
 def broken_invariant(page: PricedPage, bids: np.ndarray, reserves: np.ndarray, eligible: np.ndarray, slots: int) -> str | None:
@@ -56,9 +56,20 @@ PAGE_LAWS = frozenset({"length", "unknown_ad", "repeated_ad", "ineligible_ad", "
 """Laws about who is shown: breaking one discards the page. The others discard the prices only."""
 
 
-def gsp_of_page(page: PricedPage, bids: np.ndarray, reserves: np.ndarray) -> PricedPage:
+def gsp_of_page(page: PricedPage, bids: np.ndarray, reserves: np.ndarray, currency_step: float) -> PricedPage:
     """The same page at GSP prices: next slot's pctr x bid over the own pctr, within [reserve, bid]; below the last slot nobody competes."""
-    own = bids[page.rows]
-    floor = reserves[page.rows]
-    price = np.asarray(gsp_prices(page.pctr, own, np.arange(len(own)), reserve=floor), np.float64)
-    return PricedPage(page.rows, page.pctr, price, page.critical_price, page.propensity, "gsp", page.basis)
+    next_score = np.append((page.pctr * bids[page.rows])[1:], 0.0)[: len(page.rows)]
+    return gsp_page(page.rows, page.pctr, next_score, np.full(len(page.rows), np.nan), page.propensity, bids, reserves, currency_step)
+
+
+def gsp_page(
+    rows: np.ndarray, pctr: np.ndarray, next_score: np.ndarray, critical_price: np.ndarray, propensity: np.ndarray, bids: np.ndarray, reserves: np.ndarray,
+    currency_step: float,
+) -> PricedPage:  # fmt: skip
+    """A page at generalised second prices, with what its receipts need; bids and reserves [A] of the city."""
+    price = [
+        charge("gsp", slot, float(bids[row]), float(reserves[row]), None, None, float(ctr), float(after), None, currency_step).price
+        for slot, (row, ctr, after) in enumerate(zip(rows, pctr, next_score, strict=True), start=1)
+    ]
+    basis = [{"rank_ctr": float(ctr), "next_score": float(after), "currency_step": currency_step} for ctr, after in zip(pctr, next_score, strict=True)]
+    return PricedPage(rows, pctr, np.array(price, np.float64), critical_price, propensity, "gsp", basis)

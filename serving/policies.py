@@ -14,7 +14,7 @@ from marketplace.bootstrap import BootstrapConfig, BootstrapPolicy
 from serving.catalogue import CityAds
 from serving.errors import Refusal
 from serving.event_log import microseconds
-from serving.invariants import PricedPage
+from serving.invariants import PricedPage, gsp_page
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class Bootstrap:
     reads_user = False
     version = BootstrapPolicy.version
 
-    def __init__(self, exploration: float, seed: int) -> None:
+    def __init__(self, exploration: float, seed: int, currency_step: float = 0.0) -> None:
         self._config = BootstrapConfig(exploration=exploration)
-        self._seed = seed
+        self._seed, self._currency_step = seed, currency_step
         self._cities: dict[int, BootstrapPolicy] = {}
 
     def prepare(self, ads: CityAds) -> None:
@@ -70,7 +70,7 @@ class Bootstrap:
         draws = np.random.default_rng([self._seed, query.request_id])
         page = self._cities[ads.city_id].rank(query.latitude, query.longitude, query.bids, query.eligible, query.slots, draws, query.reserves)
         unknown = np.full(len(page.rows), np.nan)
-        return PricedPage(page.rows, page.pctr, page.price, unknown, page.propensity, "gsp")
+        return gsp_page(page.rows, page.pctr, page.next_score, unknown, page.propensity, query.bids, query.reserves, self._currency_step)
 
 
 class Model:
@@ -78,7 +78,9 @@ class Model:
 
     reads_user = True
 
-    def __init__(self, folder: Path, key: bytes, default_mode: str, learned_allowed: bool, behaviours: int, threads: int) -> None:
+    def __init__(
+        self, folder: Path, key: bytes, default_mode: str, learned_allowed: bool, behaviours: int, threads: int, currency_step: float = 0.0
+    ) -> None:
         """`folder`: a verified bundle; `behaviours`: L, length of the histories that the feature store keeps."""
         import torch
 
@@ -95,6 +97,7 @@ class Model:
         self._default_user = UserFeatures.unknown(behaviours)
         self._default_mode = default_mode
         self._learned_allowed = learned_allowed
+        self._currency_step = currency_step
         self._cities: dict[int, Any] = {}
         self._lock = threading.Lock()
 
@@ -130,27 +133,24 @@ class Model:
                 query.eligible,
                 min(query.slots, self._engine.slots),
                 mode,
+                currency_step=self._currency_step,
             )
         rows = np.asarray(page.rows, np.int64)
         return PricedPage(
             rows=rows,
             pctr=np.asarray(page.pctr, np.float64),
-            price=_within(np.asarray(page.price, np.float64), query.reserves[rows], query.bids[rows]),
+            price=np.asarray(page.price, np.float64),
             critical_price=np.asarray(page.critical_price, np.float64),
             propensity=np.ones(len(rows)),
             price_mode=mode,
             basis=[
-                {"set_pctr": float(ctr), "gsp_price": float(gsp), "theta": [float(value) if np.isfinite(value) else None for value in theta], "repaired": bool(repaired)}
-                for ctr, gsp, theta, repaired in zip(page.set_pctr, page.gsp_price, page.theta, page.repaired, strict=True)
+                {
+                    "rank_ctr": float(page.set_pctr[slot]), "next_score": float(page.next_score[slot]), "currency_step": self._currency_step,
+                    "theta": [max(float(value), 0.0) if value < np.inf else None for value in page.theta[slot]],
+                    "slot_ctr": [float(value) for value in page.slot_ctr[slot]],
+                    "network_price": None if page.network_price is None else float(page.network_price[slot]),
+                    "runner_up": int(ads.ad_id[page.runner_up[slot]]) if page.runner_up[slot] >= 0 else None, "repaired": bool(page.repaired[slot]),
+                }
+                for slot in range(len(rows))
             ],
-        )
-
-
-_ROUNDING = 1e-9
-"""Relative error that changing the unit of money (currency to median bids and back) may leave."""
-
-
-def _within(price: np.ndarray, reserve: np.ndarray, bid: np.ndarray) -> np.ndarray:
-    """Prices moved onto the reserve or the bid where rounding put them just beyond; anything farther off is left for the laws to catch."""
-    inside = np.clip(price, reserve, bid)
-    return np.where(np.abs(price - inside) <= _ROUNDING * np.maximum(bid, reserve), inside, price)
+        )  # fmt: skip

@@ -63,7 +63,7 @@ class Ranking:
         self._config = config
         self._cities = cities
         self._policies = {arm.name: policies[arm.policy] for arm in config.arms}
-        self._fallback = Bootstrap(exploration=0.0, seed=config.seed)
+        self._fallback = Bootstrap(exploration=0.0, seed=config.seed, currency_step=config.currency_step)
         self._users = users
         self._log = log
         self._clock = clock
@@ -162,7 +162,7 @@ class Ranking:
         metrics.PRICE_FALLBACKS.labels(invariant=str(broken)).inc()
         logger.error("request %d: %s broke the law %s; falling back to GSP", query.request_id, policy.version, broken)
         if page is not None and broken not in PAGE_LAWS:
-            return gsp_of_page(page, query.bids, query.reserves), PRICE_FALLBACK
+            return gsp_of_page(page, query.bids, query.reserves, self._config.currency_step), PRICE_FALLBACK
         return self._fallback.rank(ads, query), PAGE_FALLBACK
 
     def events(self, request: EventsRequest) -> EventsResponse:
@@ -243,11 +243,11 @@ def _record(
 
 
 def _receipts(query: Query, ads: CityAds, page: PricedPage, version: str) -> list[dict[str, Any]]:
-    """Price receipt of every ad shown."""
+    """Price receipt of every ad shown; `auction.receipt.replay` recomputes the charge from it alone."""
     return [
         {
             "request_id": query.request_id, "model_version": version, "catalogue_version": ads.version, "city_id": ads.city_id, "slot": slot,
-            "ad_id": int(ads.ad_id[row]), "bid": float(query.bids[row]), "reserve": float(query.reserves[row]), "pctr": float(page.pctr[slot - 1]),
+            "ad_id": int(ads.ad_id[row]), "bid": float(query.bids[row]), "paced_bid": float(query.bids[row]), "reserve": float(query.reserves[row]), "pctr": float(page.pctr[slot - 1]),
             "propensity": float(page.propensity[slot - 1]), "mode": page.price_mode,
             "critical_price": float(page.critical_price[slot - 1]) if np.isfinite(page.critical_price[slot - 1]) else None,
             "price": float(page.price[slot - 1]), **(page.basis[slot - 1] if page.basis else {}),

@@ -65,6 +65,8 @@ class ServingConfig:
     """Experiment salt of the assignment hash; a new salt reshuffles the users."""
     price_mode: PriceMode | Literal["auto"] = "auto"
     """Price rule of the model arm; 'auto': 'learned' if the payment network passed its gate, else 'critical'."""
+    currency_step: float = 0.0001
+    """Smallest unit of money; charges are rounded down to it. 0: not rounded."""
     default_slots: int = 5
     """K, ads on a page when the request names none."""
     max_candidates: int = 200_000
@@ -122,6 +124,8 @@ class ServingConfig:
                 raise ValueError(f"{name} must be finite and > 0, got {value}")
         if self.body_budget_bytes < self.body_limit_bytes:
             raise ValueError("body_budget_bytes must be at least body_limit_bytes")
+        if not 0.0 <= self.currency_step < float("inf"):
+            raise ValueError(f"currency_step must be finite and >= 0, got {self.currency_step}")
         if not 0.0 <= self.bootstrap_epsilon < 1.0:
             raise ValueError(f"bootstrap_epsilon must be in [0, 1), got {self.bootstrap_epsilon}")
         return self

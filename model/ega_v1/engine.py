@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from auction.invariants import check_prices
+from auction.receipt import charge
 from auction.ties import tie_keys
 from model.bundle import Bundle
 from model.ega_v1.mechanism import PRICE_MODES, Pool, PriceMode, allocate, prices
@@ -46,10 +47,16 @@ class RankedPage:
     """Charge per click, reserve <= price <= bid."""
     critical_price: np.ndarray
     """Truthful price per click, whatever mode charges."""
-    gsp_price: np.ndarray
-    """Generalised second price: the fallback should an invariant fail."""
     theta: np.ndarray
     """[K', K] critical bids of every slot, currency per click; inf where never reached."""
+    slot_ctr: np.ndarray
+    """[K', K] evaluator's click probability of the ad in every slot, on the page that would then be shown."""
+    next_score: np.ndarray
+    """Set-aware pCTR * bid of the next ad, currency: what GSP divides by the own `set_pctr`."""
+    runner_up: np.ndarray
+    """Row of the ad that takes the slot if its ad leaves; -1 if none."""
+    network_price: np.ndarray | None
+    """The payment network's price before rounding, currency per click; None unless it charges."""
     repaired: np.ndarray
     """True where a non-monotone CTR was repaired for the critical price."""
     price_mode: str
@@ -90,13 +97,15 @@ class RankingEngine:
         slots: int | None = None,
         price_mode: PriceMode | None = None,
         bid_unit: float | None = None,
+        currency_step: float = 0.0,
     ) -> RankedPage:
         """The page for one request.
 
         user_fields [F_user], context_fields [F_context], behaviours [L, F_behaviour] as `features.encoding` gives them;
         bids, reserves [N] currency per click; eligible [N] filters allocation only (all ads stay in the attention).
         A request for fewer slots than the model's K is an auction for the first slots only. `bid_unit` is the city's median bid;
-        give the catalogue's when `bids` holds overrides, so that no bidder moves the unit by its own bid.
+        give the catalogue's when `bids` holds overrides, so that no bidder moves the unit by its own bid. Charges are rounded down to
+        `currency_step`; 0 charges the exact price.
         """
         mode = price_mode or self.default_price_mode
         wanted = self.slots if slots is None else slots
@@ -126,12 +135,18 @@ class RankingEngine:
         rows = pages.pages[0][kept]
         bid = np.asarray(bids, np.float64)[rows]
         reserve = np.asarray(reserves, np.float64)[rows]
-        # Scaling to currency and back may move a price by one part in 1e16 across its bounds.
-        charged, critical, gsp = (
-            np.clip(x[0][kept] * unit, reserve, bid) for x in (prices(self.network, pool, pages, mode), pages.critical, pages.gsp)
-        )
+        theta, slot_ctr = pages.theta[0][kept] * unit, pages.ctr_moved[0][kept]
+        next_score, set_pctr = pages.next_score[0][kept] * unit, pages.set_ctr[0][kept]
+        network_price = np.clip(prices(self.network, pool, pages, mode)[0][kept] * unit, reserve, bid) if mode == "learned" else None
+        # Charged by the very function that replays receipts, from the numbers that the receipt will hold.
+        charges = [
+            charge(mode, slot + 1, bid[slot], reserve[slot], list(theta[slot]), slot_ctr[slot], set_pctr[slot], next_score[slot],
+                   None if network_price is None else float(network_price[slot]), currency_step)
+            for slot in range(len(rows))
+        ]  # fmt: skip
         page = RankedPage(
-            rows, pages.ctr[0][kept], pages.set_ctr[0][kept], charged, critical, gsp, np.maximum(pages.theta[0][kept], 0.0) * unit, pages.repaired[0][kept], mode,
+            rows, pages.ctr[0][kept], set_pctr, np.array([c.price for c in charges]), np.array([c.critical for c in charges], np.float64), theta, slot_ctr,
+            next_score, pages.runner_up[0][kept], network_price, pages.repaired[0][kept], mode,
         )  # fmt: skip
         check_prices(page.rows, page.price, bid, bid, reserve, len(city.ad_ids), wanted)
         return page

@@ -85,6 +85,10 @@ class Pages:
     """[B, K] true where a non-monotone CTR had to be repaired (auction.critical)."""
     gsp: np.ndarray
     """[B, K] generalised second price under the set-aware pCTR."""
+    next_score: np.ndarray
+    """[B, K] set-aware pCTR * bid of the next ad, which `gsp` divides by the own pCTR."""
+    runner_up: np.ndarray
+    """[B, K] candidate position of the ad that takes the slot if its ad leaves; -1 if none."""
 
 
 @torch.no_grad()
@@ -126,9 +130,11 @@ def price_pages(
     critical_at = np.where(shown[:, :, None], step_prices_everywhere(found.theta, ctr_moved, at["reserve"]), 0.0)
     runner_up = auctions.runner_up_scores(q, bids, found.pages, eligible)
     gsp = auctions.gsp_prices(at["q"], at["bid"], runner_up, at["reserve"]) * shown
+    next_score = np.concatenate([(at["q"] * at["bid"])[:, 1:], runner_up[:, None]], 1)
     return Pages(
-        found.pages, found.moved, found.theta, ctr_all[:, 0], ctr_moved, at["q"], at["bid"], at["reserve"], critical, critical_at, repaired, gsp
-    )
+        found.pages, found.moved, found.theta, ctr_all[:, 0], ctr_moved, at["q"], at["bid"], at["reserve"], critical, critical_at, repaired, gsp,
+        next_score, np.einsum("bii->bi", found.without),
+    )  # fmt: skip
 
 
 def step_prices_everywhere(theta: np.ndarray, ctr: np.ndarray, reserve: np.ndarray) -> np.ndarray:

@@ -47,7 +47,7 @@ def bootstrap_ranking(home: Path, **settings: object) -> Ranking:
     ranking = Ranking(
         config,
         split_by_city(catalogue()),
-        {"bootstrap": Bootstrap(config.bootstrap_epsilon, config.seed)},
+        {"bootstrap": Bootstrap(config.bootstrap_epsilon, config.seed, config.currency_step)},
         UserReader(lambda user_id: None, 0.05),
         EventLog(config.event_log),
         clock=lambda: NOW,
@@ -125,7 +125,7 @@ def model_ranking(home: Path, user_of: object = None) -> Ranking:
 
     tiny_bundle(home / "bundle", vocabulary=vocabulary_of(catalogue()))
     config = ServingConfig(home=home, arms=(Arm(name="ega", policy="model"),), events_synchronous="normal")
-    model = Model(home / "bundle", KEY, "critical", learned_allowed=True, behaviours=16, threads=1)
+    model = Model(home / "bundle", KEY, "critical", learned_allowed=True, behaviours=16, threads=1, currency_step=config.currency_step)
     users = UserReader(user_of or (lambda user_id: None), 5.0)  # type: ignore[arg-type, return-value]
     ranking = Ranking(config, split_by_city(catalogue()), {"model": model}, users, EventLog(config.event_log, "normal"), clock=lambda: NOW)
     ranking.warm_up()

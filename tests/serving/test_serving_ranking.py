@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving_world import BODY, NOW, bootstrap_ranking, catalogue, model_ranking
 
+from auction.receipt import difference
 from serving import users
 from serving.assignment import assign_arm
 from serving.catalogue import CityAds, split_by_city
@@ -83,7 +84,20 @@ def test_the_model_arm_is_deterministic_and_leaves_receipts(model: Ranking) -> N
     receipts = {receipt["slot"]: receipt for receipt in read_receipts(model._log.path) if receipt["request_id"] == first["request_id"]}
     for ad in first["ads"]:
         receipt = receipts[ad["slot"]]
-        assert receipt["price"] == ad["price"] and receipt["critical_price"] == pytest.approx(ad["price"]) and len(receipt["theta"]) == 5
+        assert receipt["price"] == ad["price"] and receipt["critical_price"] == pytest.approx(ad["price"], abs=1.0001e-4) and len(receipt["theta"]) == 5
+        assert receipt["price"] == pytest.approx(round(receipt["price"], 4), abs=1e-12)  # whole currency steps
+
+
+def test_every_receipt_replays_to_its_charge(model: Ranking, ranking: Ranking) -> None:
+    """All pages that the tests above had, under every mode: the receipt alone, through JSON, gives the charge to the bit."""
+    for mode in ("critical", "learned", "gsp", "first_price"):
+        model.rank(ask(price_mode=mode, candidates=[1000, 1002, 1004]))  # fewer ads than slots
+    ranking.rank(ask())
+    receipts = [receipt for source in (model, ranking) for receipt in read_receipts(source._log.path)]
+    assert {receipt["mode"] for receipt in receipts} == {"critical", "learned", "gsp", "first_price"} and len(receipts) > 20
+    assert [difference(receipt) for receipt in receipts] == [None] * len(receipts)
+    for receipt in receipts[-5:]:
+        assert difference({**receipt, "price": receipt["price"] + 1e-4}) is not None
 
 
 def test_features_move_the_page_of_a_known_user(tmp_path: Path) -> None:
@@ -166,7 +180,7 @@ def test_every_broken_law_is_named(changes: dict, law: str) -> None:
 
 
 def test_gsp_of_a_page_keeps_the_laws() -> None:
-    replaced = gsp_of_page(page(price=[9.0, float("nan")]), MARKET["bids"], MARKET["reserves"])
+    replaced = gsp_of_page(page(price=[9.0, float("nan")]), MARKET["bids"], MARKET["reserves"], 0.0)
     assert broken_invariant(replaced, **MARKET) is None and replaced.price.tolist() == [0.5, 0.1] and replaced.price_mode == "gsp"
 
 

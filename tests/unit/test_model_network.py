@@ -367,7 +367,7 @@ def test_engine_prices_within_bounds_and_in_currency(engine: RankingEngine, mode
     page = engine.rank(city, **request, price_mode=mode)
     assert page.price_mode == (mode or "learned") and len(page.rows) == 5
     assert request["eligible"][page.rows].all()
-    for price in (page.price, page.critical_price, page.gsp_price):
+    for price in (page.price, page.critical_price):
         assert (price >= request["reserves"][page.rows]).all() and (price <= request["bids"][page.rows]).all()
     scaled = engine.rank(city, **{**request, "bids": 7 * request["bids"], "reserves": 7 * request["reserves"]}, price_mode=mode)
     np.testing.assert_array_equal(scaled.rows, page.rows)
