@@ -150,6 +150,7 @@ class Model:
                     "slot_ctr": [float(value) for value in page.slot_ctr[slot]],
                     "network_price": None if page.network_price is None else float(page.network_price[slot]),
                     "runner_up": int(ads.ad_id[page.runner_up[slot]]) if page.runner_up[slot] >= 0 else None, "repaired": bool(page.repaired[slot]),
+                    "affinity": [float(value) for value in page.affinity[slot]], "slope": [float(value) for value in page.slope[slot]], "tied": bool(page.tied[slot]),
                 }
                 for slot in range(len(rows))
             ],

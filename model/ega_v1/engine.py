@@ -55,6 +55,12 @@ class RankedPage:
     """Set-aware pCTR * bid of the next ad, currency: what GSP divides by the own `set_pctr`."""
     runner_up: np.ndarray
     """Row of the ad that takes the slot if its ad leaves; -1 if none."""
+    affinity: np.ndarray
+    """[K', K] A of the ad for every slot."""
+    slope: np.ndarray
+    """[K', K] its score for a slot is slope * set_pctr * bid + affinity; slope in 1 / currency."""
+    tied: np.ndarray
+    """True where only the tie key put the ad before its runner-up."""
     network_price: np.ndarray | None
     """The payment network's price before rounding, currency per click; None unless it charges."""
     repaired: np.ndarray
@@ -146,7 +152,8 @@ class RankingEngine:
         ]  # fmt: skip
         page = RankedPage(
             rows, pages.ctr[0][kept], set_pctr, np.array([c.price for c in charges]), np.array([c.critical for c in charges], np.float64), theta, slot_ctr,
-            next_score, pages.runner_up[0][kept], network_price, pages.repaired[0][kept], mode,
+            next_score, pages.runner_up[0][kept], pages.affinity[0][kept], pages.slope[0][kept] / unit, pages.tied[0][kept], network_price,
+            pages.repaired[0][kept], mode,
         )  # fmt: skip
         check_prices(page.rows, page.price, bid, bid, reserve, len(city.ad_ids), wanted)
         return page

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from auction import batch as auctions
+from auction.ties import quantise
 from model.ega_v1.network import EgaV1, Evaluator
 from model.layers import take
 
@@ -89,6 +90,12 @@ class Pages:
     """[B, K] set-aware pCTR * bid of the next ad, which `gsp` divides by the own pCTR."""
     runner_up: np.ndarray
     """[B, K] candidate position of the ad that takes the slot if its ad leaves; -1 if none."""
+    affinity: np.ndarray
+    """[B, K, K] A of the ad of slot i for every slot."""
+    slope: np.ndarray
+    """[B, K, K] e^{w+M} of the ad of slot i for every slot; its score for slot k is slope * pCTR * bid + affinity."""
+    tied: np.ndarray
+    """[B, K] whether only the tie key put the ad before its runner-up."""
 
 
 @torch.no_grad()
@@ -109,12 +116,12 @@ def allocate(
     allowed = pool.mask.numpy() if eligible is None else pool.mask.numpy() & eligible
     eligible = allowed & (bids >= reserves) & (bids > 0)
     found = auctions.counterfactuals(q, bids, affinity_BNK, slopes_BNK, slots, eligible, tie_key)
-    return price_pages(network, pool, found, q, bids, reserves, eligible, evaluator or network.evaluator)
+    return price_pages(network, pool, found, q, bids, reserves, affinity_BNK, slopes_BNK, eligible, evaluator or network.evaluator)
 
 
 def price_pages(
-    network: EgaV1, pool: Pool, found: auctions.Counterfactuals, q: np.ndarray, bids: np.ndarray, reserves: np.ndarray, eligible: np.ndarray,
-    evaluator: Evaluator,
+    network: EgaV1, pool: Pool, found: auctions.Counterfactuals, q: np.ndarray, bids: np.ndarray, reserves: np.ndarray, affinity_BNK: np.ndarray,
+    slopes_BNK: np.ndarray, eligible: np.ndarray, evaluator: Evaluator,
 ) -> Pages:  # fmt: skip
     """CTRs of the pages and their counterfactuals under `evaluator`, and the prices that follow."""
     batch, slots = found.pages.shape
@@ -131,10 +138,21 @@ def price_pages(
     runner_up = auctions.runner_up_scores(q, bids, found.pages, eligible)
     gsp = auctions.gsp_prices(at["q"], at["bid"], runner_up, at["reserve"]) * shown
     next_score = np.concatenate([(at["q"] * at["bid"])[:, 1:], runner_up[:, None]], 1)
+    rival = np.einsum("bii->bi", found.without)
+    affinity, slope = (np.take_along_axis(x, np.maximum(found.pages, 0)[:, :, None], 1) for x in (affinity_BNK, slopes_BNK))
+    own, other = (own_slot_scores(q * bids, affinity_BNK, slopes_BNK, rows) for rows in (found.pages, rival))
+    tied = shown & (rival >= 0) & (quantise(own) == quantise(other))
     return Pages(
         found.pages, found.moved, found.theta, ctr_all[:, 0], ctr_moved, at["q"], at["bid"], at["reserve"], critical, critical_at, repaired, gsp,
-        next_score, np.einsum("bii->bi", found.without),
+        next_score, rival, affinity, slope, tied,
     )  # fmt: skip
+
+
+def own_slot_scores(value_BN: np.ndarray, affinity_BNK: np.ndarray, slopes_BNK: np.ndarray, rows_BK: np.ndarray) -> np.ndarray:
+    """Allocation score of the ad named for each slot in that slot, [B, K]; value is pCTR * bid."""
+    request, slot = np.arange(len(rows_BK))[:, None], np.arange(rows_BK.shape[1])[None]
+    rows = np.maximum(rows_BK, 0)
+    return slopes_BNK[request, rows, slot] * value_BN[request, rows] + affinity_BNK[request, rows, slot]
 
 
 def step_prices_everywhere(theta: np.ndarray, ctr: np.ndarray, reserve: np.ndarray) -> np.ndarray:

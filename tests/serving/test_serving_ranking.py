@@ -84,7 +84,7 @@ def test_the_model_arm_is_deterministic_and_leaves_receipts(model: Ranking) -> N
     receipts = {receipt["slot"]: receipt for receipt in read_receipts(model._log.path) if receipt["request_id"] == first["request_id"]}
     for ad in first["ads"]:
         receipt = receipts[ad["slot"]]
-        assert receipt["price"] == ad["price"] and receipt["critical_price"] == pytest.approx(ad["price"], abs=1.0001e-4) and len(receipt["theta"]) == 5
+        assert receipt["price"] == ad["price"] and receipt["critical_price"] == pytest.approx(ad["price"], abs=1.0001e-4) and len(receipt["theta"]) == len(receipt["affinity"]) == 5
         assert receipt["price"] == pytest.approx(round(receipt["price"], 4), abs=1e-12)  # whole currency steps
 
 
