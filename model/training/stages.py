@@ -392,9 +392,10 @@ def train_reward(
         return reward_metrics(evaluator, check)
 
     result = run_stage(which, network, parameters, config, np.arange(len(rows)), step, validate, folder, {**fingerprint, "config": asdict(config)}, device)
-    with torch.no_grad():  # the level is set where nothing was learned, as in `intercept_shift`
+    with torch.no_grad():  # the level that the set-aware pCTR has on these pages: it stands on the clicks of all validation requests
         logit, _ = evaluator(check["h"], check["user"], check["click_logit"], check["purchase_logit"], check["mask"])
-        evaluator.click.layers[-1].bias += level_for(logit[check["mask"]].double().numpy(), float(check["click"][check["mask"]].double().mean()))
+        level = float(torch.sigmoid(check["click_logit"])[check["mask"]].double().mean())
+        evaluator.click.layers[-1].bias += level_for(logit[check["mask"]].double().numpy(), level)
     return result
 
 
@@ -547,29 +548,33 @@ def regret_of(price: Tensor, trial_price: Tensor, truth: Bidding, trials: Biddin
     return utility, torch.relu(other.max(-1).values - utility)
 
 
-def train_payment(network: EgaV1, samples: Samples, config: PaymentConfig, folder: Path, device: Device, fingerprint: dict[str, Any]) -> StageResult:
-    """Stage 4 (Eq. 24): revenue minus lambda*rgt minus rho/2*rgt^2 with the page regenerated under every misreport.
+def payment_loss(network: EgaV1, batch: Pool, config: PaymentConfig, multipliers: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Eq. 24 on a batch; moves the multipliers lambda [K] by rho * regret.
 
     Amounts are divided by the batch's mean bid-weighted clicks a page, so rho and lambda mean the same in every market.
     """
+    pages = allocate(network, batch)
+    truth, trials = truthful(batch, pages), try_bids(batch, pages, misreports(pages, config.misreports))
+    price = learned_prices(network, batch, pages, truth)
+    _, regret = regret_of(price, learned_prices(network, batch, pages, trials), truth, trials)
+    clicks = torch.from_numpy(pages.ctr).float()
+    scale = float((clicks * torch.from_numpy(pages.bid).float()).sum(1).mean())
+    revenue = (price[..., 0] * clicks).sum(1).mean() / scale
+    per_slot = regret.mean(0) * network.config.slots / scale
+    loss = -(revenue - (multipliers.clone() * per_slot).sum() / network.config.slots - config.rho / 2 * per_slot.square().mean())
+    multipliers.add_(config.rho * per_slot.detach())
+    return loss, {"revenue": float(revenue.detach()), "regret": float(per_slot.detach().mean())}
+
+
+def train_payment(network: EgaV1, samples: Samples, config: PaymentConfig, folder: Path, device: Device, fingerprint: dict[str, Any]) -> StageResult:
+    """Stage 4 (Eq. 24): revenue minus lambda*rgt minus rho/2*rgt^2 with the page regenerated under every misreport."""
     parameters = network.enter_stage("payment")
     pool = encode_city(network, samples, newest(samples.split_rows(schema.TRAIN), config.requests), config.candidates, config.seed)
     check = encode_city(network, samples, newest(samples.split_rows(schema.VALIDATION), config.validation_requests), config.candidates, config.seed + 1)
     multipliers = torch.full((network.config.slots,), config.multiplier)
 
     def step(chosen: np.ndarray, noise: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        batch = pool.take(chosen)
-        pages = allocate(network, batch)
-        truth, trials = truthful(batch, pages), try_bids(batch, pages, misreports(pages, config.misreports))
-        price = learned_prices(network, batch, pages, truth)
-        _, regret = regret_of(price, learned_prices(network, batch, pages, trials), truth, trials)
-        clicks = torch.from_numpy(pages.ctr).float()
-        scale = float((clicks * torch.from_numpy(pages.bid).float()).sum(1).mean())
-        revenue = (price[..., 0] * clicks).sum(1).mean() / scale
-        per_slot = regret.mean(0) * network.config.slots / scale
-        loss = -(revenue - (multipliers.clone() * per_slot).sum() / network.config.slots - config.rho / 2 * per_slot.square().mean())
-        multipliers.add_(config.rho * per_slot.detach())
-        return loss, {"revenue": float(revenue.detach()), "regret": float(per_slot.detach().mean())}
+        return payment_loss(network, pool.take(chosen), config, multipliers)
 
     def validate() -> dict[str, float]:
         return payment_metrics(network, check, config)

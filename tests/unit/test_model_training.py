@@ -450,7 +450,11 @@ def test_stages_leave_calibrated_probabilities(trained: SimpleNamespace) -> None
     assert intercept_shift(network, samples, rows[:0], 64) == 0.0
     for which, evaluator in (("reward", network.evaluator), ("evaluation", network.evaluation_evaluator)):
         used = newest(rows, getattr(trained.config, which).validation_requests)
-        assert reward_metrics(evaluator, encode_exposed(network, samples, used, whole_city=True))["dev"] < 1e-4
+        data = encode_exposed(network, samples, used, whole_city=True)
+        assert set(reward_metrics(evaluator, data)) >= {"score", "auc", "log_loss", "dev"}
+        logit, _ = evaluator(*(data[name] for name in ("h", "user", "click_logit", "purchase_logit", "mask")))
+        levels = [float(torch.sigmoid(x)[data["mask"]].mean()) for x in (logit, data["click_logit"])]
+        assert levels[0] == pytest.approx(levels[1], rel=1e-4)
 
 
 def test_slot_term_takes_what_the_slot_did(trained: SimpleNamespace) -> None:
