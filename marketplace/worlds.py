@@ -58,6 +58,9 @@ class WorldConfig:
     """`synthetic`, or `checkins` for real people and places from a folder given with --data."""
     slots: int = 5
     """K, ads shown on one page."""
+    unlogged_days: int = 0
+    """First log days that are answered but not written: their clicks are in the histories and the logging policy has learned from them,
+    as on a platform that has been running. Without them the share of clicks in a history grows all through the logs."""
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
     """Used by kind `synthetic`."""
     checkins: CheckinsConfig = field(default_factory=CheckinsConfig)
@@ -71,6 +74,8 @@ class WorldConfig:
     def _check(self) -> WorldConfig:
         if not 1 <= self.slots <= 50:
             raise ValueError(f"slots must lie in [1, 50], got {self.slots}")
+        if self.unlogged_days < 0:
+            raise ValueError(f"unlogged_days must not be negative, got {self.unlogged_days}")
         return self
 
 
@@ -304,7 +309,7 @@ class World:
                 yield int(day), int(city), mine, ads, policy, uniforms
 
     def write_logs(self, out: Path, progress: bool = False) -> dict[str, Any]:
-        """Let the bootstrap policy answer the log days, and write the logs with their manifest.
+        """Let the bootstrap policy answer the log days, and write the logs (but for `unlogged_days`) with their manifest.
 
         The policy learns overnight: each day it ranks with the impressions and clicks of the days before. Behaviours hold
         the organic visits up to the last log day (history too) and the clicks and orders on ads.
@@ -320,6 +325,8 @@ class World:
         clicked_parts = []
         shown_total = clicks_total = 0
         days = sorted(set(self._request["day_row"][logged].tolist()))
+        if self.config.unlogged_days >= len(days):
+            raise ValueError(f"unlogged_days {self.config.unlogged_days} leaves nothing of {len(days)} log days; give fewer")
         for day in tqdm(days, desc="simulate logs", unit="day", disable=not progress):
             today = logged[self._request["day_row"][logged] == day]
             parts, gained = [], np.zeros_like(counts)
@@ -332,8 +339,10 @@ class World:
                 np.add.at(gained[1], page_ads[page_ads >= 0], response.click[page_ads >= 0])
             impressions = pd.concat(parts, ignore_index=True)
             counts += gained
-            shown_total, clicks_total = shown_total + len(impressions), clicks_total + int(impressions["click"].sum())
             clicked_parts.append(impressions[impressions["click"] == 1])
+            if day < self.config.unlogged_days:
+                continue
+            shown_total, clicks_total = shown_total + len(impressions), clicks_total + int(impressions["click"].sum())
             write_table(out, "impressions", impressions)
             write_table(out, "requests", self._requests(today, arm="none", version=BootstrapPolicy.version))
             write_table(out, "ads", self.ad_table(self.state.log_days[day]))
@@ -342,8 +351,8 @@ class World:
         extra = {
             "world": self.config.kind,
             "seed": self.seed,
-            "days": len(days),
-            "requests": len(logged),
+            "days": len(days) - self.config.unlogged_days,
+            "requests": int((self._request["day_row"][logged] >= self.config.unlogged_days).sum()),
             "impressions": shown_total,
             "ctr": round(clicks_total / max(1, shown_total), 6),
             "policy": BootstrapPolicy.version,

@@ -272,17 +272,20 @@ class RecFormer(nn.Module):
         return self.after_fusion(self.ads_before_fusion(ad_BND, ad_mask_BN), ad_mask_BN, behaviour_BLD, behaviour_mask_BL)
 
 
+AD_COLUMNS, BEHAVIOUR_COLUMNS = ([field.name for field in fields] for fields in (schema.AD_FIELDS, schema.BEHAVIOUR_FIELDS))
 CROSS_FEATURES = 3
 """Visited-before count, category count, distance; each as one standardised number per (request, ad)."""
 
 
 def cross_features(ad_fields: Tensor, behaviours: Tensor, ad_place: Tensor, request_place: Tensor) -> Tensor:
-    """Explicit crosses [B, N, 3]: log(1+times visited), log(1+visits to the category), log(1+distance in km)."""
-    poi = [field.name for field in schema.AD_FIELDS].index("poi")
-    category = [field.name for field in schema.AD_FIELDS].index("category")
-    real = behaviours[..., 0] != schema.PADDING
-    visited = ((ad_fields[..., poi].unsqueeze(-1) == behaviours[..., 0].unsqueeze(1)) & real.unsqueeze(1)).sum(-1)
-    same = ((ad_fields[..., category].unsqueeze(-1) == behaviours[..., 1].unsqueeze(1)) & real.unsqueeze(1)).sum(-1)
+    """Explicit crosses [B, N, 3]: log(1+times visited), log(1+visits to the category), log(1+distance in km).
+
+    Clicks on ads are no visits: they pile up while the logs grow, and with them a count would rise from day to day.
+    """
+    poi, category = (AD_COLUMNS.index(name) for name in ("poi", "category"))
+    visit = behaviours[..., BEHAVIOUR_COLUMNS.index("action")] == schema.ACTION_VISIT + schema.FIRST_CODE
+    visited = ((ad_fields[..., poi].unsqueeze(-1) == behaviours[..., BEHAVIOUR_COLUMNS.index("poi")].unsqueeze(1)) & visit.unsqueeze(1)).sum(-1)
+    same = ((ad_fields[..., category].unsqueeze(-1) == behaviours[..., BEHAVIOUR_COLUMNS.index("category")].unsqueeze(1)) & visit.unsqueeze(1)).sum(-1)
     north = (ad_place[..., 0] - request_place[:, None, 0]) * 111.2
     east = (ad_place[..., 1] - request_place[:, None, 1]) * 111.2 * torch.cos(torch.deg2rad(request_place[:, None, 0]))
     return torch.stack([torch.log1p(visited.float()), torch.log1p(same.float()) / 2, torch.log1p(torch.hypot(north, east)) / 2], -1)
@@ -349,17 +352,18 @@ class Generator(nn.Module):
 class Evaluator(nn.Module):
     """Permutation-aware evaluator (Eq. 18): pCTR and pCVR of every ad of a page, given the page.
 
-    Reads (h_i, slot, e_u) through self-attention over the K ads and starts exactly at the set-aware logits: it learns what
-    the page adds. Never reads a bid.
+    Reads (h_i, slot, e_u) through self-attention over the K ads and starts at the set-aware logits: it learns what the page
+    adds. Never reads a bid.
 
-    Beyond the paper (`examination`): logit_k also gains sum_{j<k} g(h_j), g linear, because people read from the top and what
-    an ad leaves of their attention is shared by all ads below (as in cascade and dynamic Bayesian click models). Attention
-    alone finds the same in principle, but from a few thousand clicks it learns noise that stage 3 then exploits
-    (docs/model.md).
+    Beyond the paper (`examination`): logit_k also gains sum_{j<k} g(h_j), g < 0, because people read from the top and what an
+    ad leaves of their attention is shared by all ads below (as in cascade and dynamic Bayesian click models). Attention alone
+    finds the same in principle, but from a few thousand clicks it learns noise that stage 3 then exploits (docs/model.md).
+    g < 0 keeps this term falling down the page, which truthful prices need.
     """
 
-    EXAMINATION_GAIN = 4.0
-    """Adam moves a weight by about the learning rate a step; g has further to go than that allows."""
+    EXAMINATION_GAIN, EXAMINATION_START = 4.0, -1.5
+    """g = -softplus(gain * linear + start). Adam moves a weight by about the learning rate a step, and g has further to go than
+    that allows; it starts at -0.2 for every ad."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
@@ -391,7 +395,7 @@ class Evaluator(nn.Module):
         """sum_{j<k} g(h_j): what the ads above leave of the attention for slot k, in logits; [B, K], 0 in the first slot."""
         if self.examination is None:
             return torch.zeros_like(h_BKD[..., 0])
-        left = self.EXAMINATION_GAIN * self.examination(h_BKD).squeeze(-1) * mask_BK
+        left = -F.softplus(self.EXAMINATION_GAIN * self.examination(h_BKD).squeeze(-1) + self.EXAMINATION_START) * mask_BK
         return torch.cumsum(left, 1) - left
 
 

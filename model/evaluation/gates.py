@@ -22,7 +22,7 @@ class GateConfig:
 
     psi_limit: float = 0.03
     """Largest psi_exact (regret over utility of displayed ads) of the prices that will be charged, under the evaluator that prices."""
-    psi_limit_independent: float = 0.25
+    psi_limit_independent: float = 0.15
     """The same under the evaluation evaluator, which knows other days. Two honest estimates of CTR from few clicks differ, so
     even exact prices show some; the limit is there to catch what is broken, the one above to keep prices truthful."""
     learned_revenue_share: float = Field(0.95, ge=0)

@@ -16,7 +16,7 @@ from model import layers
 from model.bundle import Bundle
 from model.ega_v1.engine import RankingEngine
 from model.ega_v1.mechanism import PRICE_MODES, allocate, learned_prices, prices, truthful, try_bids
-from model.ega_v1.network import Batch, EgaV1, NetworkConfig, geo_prior
+from model.ega_v1.network import Batch, EgaV1, Evaluator, NetworkConfig, geo_prior
 from model.layers import Dice
 from model.training.data import Samples
 from model.training.stages import build_network, encode_city, greedy_page, newest, separable_scores
@@ -199,12 +199,16 @@ def test_bid_weight_is_clamped() -> None:
         assert float(network.generator.weight()) == expected
 
 
-def test_evaluator_starts_at_the_set_aware_logits() -> None:
-    network = tiny_network(noise=0.0)
+@pytest.mark.parametrize("examination", [True, False])
+def test_evaluator_starts_at_the_set_aware_logits(examination: bool) -> None:
+    network = tiny_network(noise=0.0, examination=examination)
     pool = random_pool(network)
     page = torch.from_numpy(allocate(network, pool).pages)
     click, purchase = network.page_logits(pool.h, pool.user, pool.click, pool.purchase, page)
-    assert torch.equal(click, pool.click.gather(1, page)) and torch.equal(purchase, pool.purchase.gather(1, page))
+    start = np.log1p(np.exp(Evaluator.EXAMINATION_START)) if examination else 0.0
+    down = (-start * torch.arange(page.shape[1])).expand(page.shape) * (page >= 0)  # every ad starts with the same effect on those below
+    torch.testing.assert_close(click, pool.click.gather(1, page) + down)
+    torch.testing.assert_close(purchase, pool.purchase.gather(1, page) + down)
 
 
 @torch.no_grad()
@@ -233,10 +237,12 @@ def test_examination_is_the_sum_over_the_ads_above() -> None:
     evaluator = network.evaluator
     h, mask = torch.randn(3, 5, network.config.width), torch.ones(3, 5, dtype=torch.bool)
     mask[1, 2] = False
-    own = evaluator.EXAMINATION_GAIN * (h @ evaluator.examination.weight[0] + evaluator.examination.bias) * mask
+    linear = h @ evaluator.examination.weight[0] + evaluator.examination.bias
+    own = -torch.nn.functional.softplus(evaluator.EXAMINATION_GAIN * linear + evaluator.EXAMINATION_START) * mask
     expected = torch.stack([own[:, :slot].sum(1) for slot in range(5)], 1)
     torch.testing.assert_close(evaluator.attention_left(h, mask), expected)
     assert bool((evaluator.attention_left(h, mask)[:, 0] == 0).all())
+    assert bool((evaluator.attention_left(h, mask).diff(dim=1) <= 0).all())  # it never rises down the page
     plain = tiny_network(noise=0.5, examination=False).evaluator
     assert plain.examination is None
     assert bool((plain.attention_left(h, mask) == 0).all())
