@@ -396,7 +396,7 @@ class Evaluator(nn.Module):
         if self.examination is None:
             return torch.zeros_like(h_BKD[..., 0])
         left = -F.softplus(self.EXAMINATION_GAIN * self.examination(h_BKD).squeeze(-1) + self.EXAMINATION_START) * mask_BK
-        return torch.cumsum(left, 1) - left
+        return F.pad(torch.cumsum(left, 1)[:, :-1], (1, 0))  # a sum of what is <= 0: it cannot rise, not even by rounding
 
 
 class PaymentNetwork(nn.Module):
