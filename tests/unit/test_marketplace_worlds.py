@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -202,6 +203,22 @@ def test_stress_model_and_drift_are_reachable() -> None:
     assert np.ptp(stressed.state.drift_DA) > 0
     assert not plain.state.drift_DA.any()
     assert stressed.live_requests().equals(plain.live_requests())
+
+
+def test_unlogged_days_happen_but_are_not_written(world: World, logs: Path, tmp_path: Path) -> None:
+    """The later days are those of the same world without unlogged days, and histories hold the clicks of all."""
+    late = World(replace(world.config, unlogged_days=2), world.seed, world.state, world.base)
+    late.write_logs(tmp_path / "late")
+    for table in ("requests", "impressions", "ads"):
+        whole = read_table(logs, table)
+        kept = whole["event_timestamp"] >= pd.Timestamp(world.state.log_days[2], tz="UTC")
+        assert 0 < kept.sum() < len(whole)
+        pd.testing.assert_frame_equal(read_table(tmp_path / "late", table), whole[kept].reset_index(drop=True))
+    pd.testing.assert_frame_equal(read_table(tmp_path / "late", "behaviours"), read_table(logs, "behaviours"))
+    extra = verify_manifest(tmp_path / "late")["extra"]
+    assert extra["days"] == 3 and extra["requests"] == len(read_table(tmp_path / "late", "requests"))
+    with pytest.raises(ValueError, match="unlogged_days 5 leaves nothing of 5 log days"):
+        World(replace(world.config, unlogged_days=5), world.seed, world.state, world.base).write_logs(tmp_path / "none")
 
 
 def test_logs_are_never_overwritten(world: World, logs: Path) -> None:
