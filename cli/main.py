@@ -9,16 +9,9 @@ from typing import Annotated, Optional
 
 import typer
 
-# Telemetry of the libraries is off unless somebody asks for it; waiting threads yield the CPU, which matters on shared machines.
-# The steps' processes keep freed memory: tensors of a whole city would otherwise be unmapped and faulted in again at every operation.
-for _name, _value in (
-    ("BENTOML_DO_NOT_TRACK", "True"),
-    ("DO_NOT_TRACK", "1"),
-    ("GX_ANALYTICS_ENABLED", "false"),
-    ("OMP_WAIT_POLICY", "PASSIVE"),
-    ("MALLOC_MMAP_THRESHOLD_", str(1 << 30)),
-    ("MALLOC_TRIM_THRESHOLD_", str(1 << 30)),
-):
+from pipelines.environment import ENVIRONMENT
+
+for _name, _value in ENVIRONMENT:
     os.environ.setdefault(_name, _value)
 
 app = typer.Typer(

@@ -56,16 +56,21 @@ def replay_day(config: Path, day: str | None) -> int:
     from serving.event_log import read_receipts as logged_receipts
     from serving.settings import event_log_path
 
-    log = event_log_path(ega_home() / load_run_config(config).name)
-    if not log.exists():
-        raise FileNotFoundError(f"{log} is not there: the service of {config} has answered nothing yet")
     since = until = None
     if day is not None:
-        since = datetime.strptime(day, "%Y-%m-%d").replace(tzinfo=UTC)
+        try:
+            since = datetime.strptime(day, "%Y-%m-%d").replace(tzinfo=UTC)
+        except ValueError:
+            raise ValueError(f"--day must be a date such as 2026-03-31, got {day!r}") from None
         until = since + timedelta(days=1)
-    receipts = logged_receipts(log, since, until)
+    home = ega_home() / load_run_config(config).name
+    current = event_log_path(home)
+    logs = sorted(home.glob(f"{current.parent.name}*/{current.name}"))  # `ega ab` keeps earlier traffic beside the current log
+    if not logs:
+        raise FileNotFoundError(f"{current} is not there: the service of {config} has answered nothing yet")
+    receipts = [receipt for log in logs for receipt in logged_receipts(log, since, until)]
     if not receipts:
-        print(f"no ad was shown{'' if day is None else f' on {day}'}; nothing to replay in {log}")
+        print(f"no ad was shown{'' if day is None else f' on {day}'}; nothing to replay in {', '.join(map(str, logs))}")
         return 0
     return _report(receipts)
 

@@ -325,7 +325,8 @@ class World:
         clicked_parts = []
         shown_total = clicks_total = 0
         days = sorted(set(self._request["day_row"][logged].tolist()))
-        if self.config.unlogged_days >= len(days):
+        written = [day for day in days if day >= self.config.unlogged_days]
+        if not written:
             raise ValueError(f"unlogged_days {self.config.unlogged_days} leaves nothing of {len(days)} log days; give fewer")
         for day in tqdm(days, desc="simulate logs", unit="day", disable=not progress):
             today = logged[self._request["day_row"][logged] == day]
@@ -351,7 +352,7 @@ class World:
         extra = {
             "world": self.config.kind,
             "seed": self.seed,
-            "days": len(days) - self.config.unlogged_days,
+            "days": len(written),
             "requests": int((self._request["day_row"][logged] >= self.config.unlogged_days).sum()),
             "impressions": shown_total,
             "ctr": round(clicks_total / max(1, shown_total), 6),

@@ -10,22 +10,13 @@ from components.reject_candidate.component import reject_candidate
 from components.sample_requests.component import sample_requests
 from components.train_stage.component import train_stage
 from components.validate_logs.component import validate_logs
+from pipelines.environment import ENVIRONMENT
 
 VOLUME, MOUNT = "ega-runs", "/ega"
 """The claim that holds EGA_HOME, logs and runs on a cluster; paths given to the pipeline lie under MOUNT."""
 
 SECRET, SECRET_KEY = "ega-signing-key", "key"  # noqa: S105 - the name of a secret
 """Kubernetes secret with the signing key as hex."""
-
-ENVIRONMENT = (
-    ("DO_NOT_TRACK", "1"),
-    ("BENTOML_DO_NOT_TRACK", "True"),
-    ("GX_ANALYTICS_ENABLED", "false"),
-    ("OMP_WAIT_POLICY", "PASSIVE"),
-    ("MALLOC_MMAP_THRESHOLD_", str(1 << 30)),
-    ("MALLOC_TRIM_THRESHOLD_", str(1 << 30)),
-)
-"""What `cli.main` sets for local steps, and why."""
 
 
 def _place(task: dsl.PipelineTask, cpu: str, memory: str, retries: int = 1) -> dsl.PipelineTask:

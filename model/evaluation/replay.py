@@ -20,7 +20,7 @@ from model.ega_v1.mechanism import PRICE_MODES, Pages, Pool, PriceMode, allocate
 from model.ega_v1.network import EgaV1
 from model.evaluation.metrics import auc, deviation, log_loss, mean_and_interval, recall_at
 from model.training.data import Samples
-from model.training.stages import encode_city, encode_exposed, logged_pages, newest, pretrain_metrics
+from model.training.stages import encode_city, encode_exposed, logged_pages, newest, places_of, pretrain_metrics
 
 
 @config_dataclass(frozen=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
@@ -150,11 +150,8 @@ def _recall(pool: Pool, samples: Samples, k: int) -> np.ndarray:
 
 def positions_of(ad_rows_N: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Candidate positions of rows of the ad table; those that are no candidates (or -1) are left out."""
-    real = ad_rows_N[ad_rows_N >= 0]
-    found = np.searchsorted(real, wanted)
-    hit = (wanted >= 0) & (found < len(real))
-    hit[hit] = real[found[hit]] == wanted[hit]
-    return found[hit]
+    found = places_of(wanted, ad_rows_N)
+    return found[found >= 0]
 
 
 @torch.no_grad()

@@ -248,17 +248,16 @@ def intercept_shift(network: EgaV1, samples: Samples, rows: np.ndarray, seen_in_
 
 def logged_pages(pool: Pool, samples: Samples) -> np.ndarray:
     """Candidate positions [B, K] of the pages that were really shown; -1 where a slot was empty."""
-    return positions_of(samples.candidate[pool.requests, : samples.slots], pool.ad_rows)
+    return np.stack([places_of(shown, rows) for shown, rows in zip(samples.candidate[pool.requests, : samples.slots], pool.ad_rows, strict=True)])
 
 
-def positions_of(shown_BK: np.ndarray, rows_BN: np.ndarray) -> np.ndarray:
-    """Where the ad rows `shown_BK` (-1: none) lie in ascending `rows_BN`, whose padding (-1) comes last; -1 where they do not."""
-    page = np.full(shown_BK.shape, -1)
-    for i, rows in enumerate(rows_BN):
-        real = rows[rows >= 0]
-        at = np.minimum(np.searchsorted(real, shown_BK[i]), len(real) - 1)
-        page[i] = np.where((shown_BK[i] >= 0) & (real[at] == shown_BK[i]), at, -1)
-    return page
+def places_of(wanted: np.ndarray, ad_rows_N: np.ndarray) -> np.ndarray:
+    """Where each of `wanted` (ad rows; -1: none) lies in ascending `ad_rows_N`, whose padding (-1) comes last; -1 where it does not."""
+    real = ad_rows_N[ad_rows_N >= 0]
+    if len(real) == 0:
+        return np.full(len(wanted), -1)
+    at = np.minimum(np.searchsorted(real, wanted), len(real) - 1)
+    return np.where((wanted >= 0) & (real[at] == wanted), at, -1)
 
 
 def newest(rows: np.ndarray, count: int) -> np.ndarray:
@@ -347,7 +346,7 @@ def encode_exposed(network: EgaV1, samples: Samples, rows: np.ndarray, whole_cit
     parts: list[tuple[np.ndarray, Tensor, Tensor, Tensor]] = []
     if whole_city:
         for requests, city, inputs in _city_batches(samples, rows):
-            page = torch.from_numpy(positions_of(samples.candidate[requests, :slots], np.broadcast_to(city.rows, (len(requests), len(city.rows)))))
+            page = torch.from_numpy(np.stack([places_of(shown, city.rows) for shown in samples.candidate[requests, :slots]]))
             h, user = network.encode(inputs, page.clamp(min=0))
             parts.append((requests, h, user, page >= 0))
     else:
