@@ -10,7 +10,7 @@ import torch
 
 from marketplace import schema
 from model.ega_v1.mechanism import Pool
-from model.ega_v1.network import Batch, EgaV1, NetworkConfig, VocabularySizes
+from model.ega_v1.network import Batch, EgaV1, Evaluator, NetworkConfig, VocabularySizes
 from model.training.stages import PaymentConfig, PretrainConfig, RewardConfig, RlafConfig, TrainingConfig
 
 NETWORK = NetworkConfig(
@@ -35,8 +35,9 @@ def tiny_network(seed: int = 0, noise: float = 0.2, **change: Any) -> EgaV1:
     torch.manual_seed(seed)
     network = EgaV1(replace(NETWORK, **change), SIZES)
     with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(noise * torch.randn(parameter.shape))
+        for name, parameter in network.named_parameters():
+            gained = "examination" in name or name.endswith("evaluator.level")  # these count EXAMINATION_GAIN times
+            parameter.add_(noise * torch.randn(parameter.shape) / (Evaluator.EXAMINATION_GAIN if gained else 1.0))
     return network.eval()
 
 
@@ -75,6 +76,7 @@ def random_pool(network: EgaV1, requests: int = 12, ads: int = 14, seed: int = 0
     return Pool(
         requests=np.arange(requests),
         h=torch.randn(requests, ads, width, generator=generator),
+        codes=torch.from_numpy(np.stack([rng.integers(1, size, (requests, ads)) for size in (SIZES.ad, SIZES.category)], -1)) * mask.unsqueeze(-1),
         user=torch.randn(requests, width, generator=generator),
         click=torch.randn(requests, ads, generator=generator) - 1.5,
         purchase=torch.randn(requests, ads, generator=generator) - 3,

@@ -15,7 +15,7 @@ from auction.receipt import charge
 from auction.ties import tie_keys
 from model.bundle import Bundle
 from model.ega_v1.mechanism import PRICE_MODES, Pool, PriceMode, allocate, prices
-from model.ega_v1.network import Batch
+from model.ega_v1.network import PAGE_COLUMNS, Batch
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class RankingEngine:
         click, purchase = self.network.heads(h, user)
         scaled = np.asarray(bids, np.float64) / unit
         pool = Pool(
-            np.zeros(1, np.int64), h, user, click, purchase, torch.from_numpy(scaled).unsqueeze(0), torch.from_numpy(np.asarray(reserves, np.float64) / unit).unsqueeze(0),
+            np.zeros(1, np.int64), h, city.ad_fields[..., PAGE_COLUMNS], user, click, purchase, torch.from_numpy(scaled).unsqueeze(0), torch.from_numpy(np.asarray(reserves, np.float64) / unit).unsqueeze(0),
             inputs.ad_mask, np.arange(len(city.ad_ids))[None], np.array([unit]),
         )  # fmt: skip
         pages = allocate(self.network, pool, tie_key=city.tie_key, slots=wanted, eligible=np.asarray(eligible, bool)[None])

@@ -27,12 +27,13 @@ PRICE_MODES: tuple[PriceMode, ...] = ("critical", "learned", "gsp", "first_price
 class Pool:
     """What RecFormer says of R requests, computed once: later stages never change it.
 
-    h [R, N, D], user [R, D], click and purchase logits [R, N], bid and reserve [R, N], mask [R, N], ad_rows [R, N] rows of
-    the ad table (-1 padding), unit [R] the median bid in currency.
+    h [R, N, D], codes [R, N, 2] (network.PAGE_CODES), user [R, D], click and purchase logits [R, N], bid and reserve [R, N],
+    mask [R, N], ad_rows [R, N] rows of the ad table (-1 padding), unit [R] the median bid in currency.
     """
 
     requests: np.ndarray
     h: Tensor
+    codes: Tensor
     user: Tensor
     click: Tensor
     purchase: Tensor
@@ -53,7 +54,7 @@ class Pool:
         """The same for some requests, by position."""
         i = torch.from_numpy(np.asarray(index))
         return Pool(
-            self.requests[index], self.h[i], self.user[i], self.click[i], self.purchase[i], self.bid[i], self.reserve[i], self.mask[i],
+            self.requests[index], self.h[i], self.codes[i], self.user[i], self.click[i], self.purchase[i], self.bid[i], self.reserve[i], self.mask[i],
             self.ad_rows[index], self.unit[index], {name: value[i] for name, value in self.extra.items()},
         )  # fmt: skip
 
@@ -98,6 +99,18 @@ class Pages:
     """[B, K] whether only the tie key put the ad before its runner-up."""
 
 
+def page_logits(evaluator: Evaluator, pool: Pool, page_BK: Tensor) -> tuple[Tensor, Tensor]:
+    """An evaluator's logits for pages given as candidate positions (-1: no ad). `page_BK` may be [B, P, K]: P pages a request."""
+    shape = page_BK.shape
+    pages = page_BK.reshape(shape[0], -1)
+    index, mask = pages.clamp(min=0), (page_BK >= 0).reshape(-1, shape[-1])
+    h, codes = (take(x, index).reshape(-1, shape[-1], x.shape[-1]) for x in (pool.h, pool.codes))
+    click, purchase = (torch.gather(x, 1, index).reshape(-1, shape[-1]) for x in (pool.click, pool.purchase))
+    user = pool.user.repeat_interleave(h.shape[0] // shape[0], 0)
+    clicked, purchased = evaluator(h, codes, user, click, purchase, mask)
+    return clicked.reshape(shape), purchased.reshape(shape)
+
+
 @torch.no_grad()
 def allocate(
     network: EgaV1, pool: Pool, learned: bool = True, evaluator: Evaluator | None = None, tie_key: np.ndarray | None = None, slots: int | None = None,
@@ -116,17 +129,17 @@ def allocate(
     allowed = pool.mask.numpy() if eligible is None else pool.mask.numpy() & eligible
     eligible = allowed & (bids >= reserves) & (bids > 0)
     found = auctions.counterfactuals(q, bids, affinity_BNK, slopes_BNK, slots, eligible, tie_key)
-    return price_pages(network, pool, found, q, bids, reserves, affinity_BNK, slopes_BNK, eligible, evaluator or network.evaluator)
+    return price_pages(pool, found, q, bids, reserves, affinity_BNK, slopes_BNK, eligible, evaluator or network.evaluator)
 
 
 def price_pages(
-    network: EgaV1, pool: Pool, found: auctions.Counterfactuals, q: np.ndarray, bids: np.ndarray, reserves: np.ndarray, affinity_BNK: np.ndarray,
+    pool: Pool, found: auctions.Counterfactuals, q: np.ndarray, bids: np.ndarray, reserves: np.ndarray, affinity_BNK: np.ndarray,
     slopes_BNK: np.ndarray, eligible: np.ndarray, evaluator: Evaluator,
 ) -> Pages:  # fmt: skip
     """CTRs of the pages and their counterfactuals under `evaluator`, and the prices that follow."""
     batch, slots = found.pages.shape
     every = np.concatenate([found.pages[:, None], found.moved.reshape(batch, slots * slots, slots)], 1)
-    logit, _ = network.page_logits(pool.h, pool.user, pool.click, pool.purchase, torch.from_numpy(every), evaluator)
+    logit, _ = page_logits(evaluator, pool, torch.from_numpy(every))
     ctr_all = torch.sigmoid(logit).double().numpy() * (every >= 0)
     moved = ctr_all[:, 1:].reshape(batch, slots, slots, slots)
     ctr_moved = np.einsum("bill->bil", moved)

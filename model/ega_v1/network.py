@@ -273,6 +273,9 @@ class RecFormer(nn.Module):
 
 
 AD_COLUMNS, BEHAVIOUR_COLUMNS = ([field.name for field in fields] for fields in (schema.AD_FIELDS, schema.BEHAVIOUR_FIELDS))
+PAGE_CODES = ("ad", "category")
+"""Ad fields, all ids with a vocabulary, that an evaluator reads beside h."""
+PAGE_COLUMNS = [AD_COLUMNS.index(name) for name in PAGE_CODES]
 CROSS_FEATURES = 3
 """Visited-before count, category count, distance; each as one standardised number per (request, ad)."""
 
@@ -355,17 +358,21 @@ class Evaluator(nn.Module):
     Reads (h_i, slot, e_u) through self-attention over the K ads and starts at the set-aware logits: it learns what the page
     adds. Never reads a bid.
 
-    Beyond the paper (`examination`): logit_k also gains sum_{j<k} g(h_j), g < 0, because people read from the top and what an
-    ad leaves of their attention is shared by all ads below (as in cascade and dynamic Bayesian click models). Attention alone
-    finds the same in principle, but from a few thousand clicks it learns noise that stage 3 then exploits (docs/model.md).
-    g < 0 keeps this term falling down the page, which truthful prices need.
+    Beyond the paper (`examination`): logit_k also gains sum_{j<k} g_j, g < 0, because people read from the top and what an
+    ad leaves of their attention is shared by all ads below (as in cascade and dynamic Bayesian click models). g has a number of
+    its own for every ad and every category beside a linear reading of h: h was trained to say who clicks an ad, not what an ad
+    does to its neighbours. Attention alone finds the same in principle, but from ten thousand clicks it learns noise that
+    stage 3 then exploits, so beside this term it is damped (docs/model.md). g < 0 keeps the term falling down the page, which
+    truthful prices need.
     """
 
-    EXAMINATION_GAIN, EXAMINATION_START = 4.0, -1.5
-    """g = -softplus(gain * linear + start). Adam moves a weight by about the learning rate a step, and g has further to go than
-    that allows; it starts at -0.2 for every ad."""
+    EXAMINATION_GAIN, EXAMINATION_START = 40.0, -1.5
+    """g = -softplus(gain * (linear + ad + category) + start). Adam moves a weight by about the learning rate a step, and g has
+    further to go than that allows; it starts at -0.2 for every ad."""
+    ATTENTION_DAMPING = 0.25
+    """Factor on what attention adds, and so on its learning rate, where the examination term is there to explain the page."""
 
-    def __init__(self, config: NetworkConfig) -> None:
+    def __init__(self, config: NetworkConfig, sizes: VocabularySizes) -> None:
         super().__init__()
         width = config.width
         self.slot = nn.Embedding(config.slots, width)
@@ -374,13 +381,20 @@ class Evaluator(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.click = MLP(width, config.head_hidden, 1, zero_last=True)
         self.purchase = MLP(width, config.head_hidden, 1, zero_last=True)
-        self.examination = nn.Linear(width, 1) if config.examination else None
-        if self.examination is not None:
-            _zero(self.examination)
+        self.level = nn.Parameter(torch.zeros(()))
+        """Added to every click and purchase logit, times the gain: the level that falls with the slots starts higher in the first."""
+        self.examination = nn.Linear(width, 1, bias=False) if config.examination else None
+        self.examination_tables = nn.ModuleDict({name: nn.Embedding(getattr(sizes, name), 1) for name in PAGE_CODES} if config.examination else {})
+        for module in (self.examination, *self.examination_tables.values()):
+            if module is not None:
+                nn.init.zeros_(module.weight)
 
-    def forward(self, h_BKD: Tensor, user_BD: Tensor, click_logit_BK: Tensor, purchase_logit_BK: Tensor, mask_BK: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of pCTR and pCVR, [B, K] each."""
+    def forward(
+        self, h_BKD: Tensor, codes_BK2: Tensor, user_BD: Tensor, click_logit_BK: Tensor, purchase_logit_BK: Tensor, mask_BK: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Logits of pCTR and pCVR, [B, K] each; codes are the PAGE_CODES of the ads."""
         slots = h_BKD.shape[1]
+        h_BKD = F.layer_norm(h_BKD, h_BKD.shape[-1:])  # explicit crosses are added behind RecFormer's own norm and can be large
         slot = self.slot(torch.arange(slots, device=h_BKD.device)).expand(h_BKD.shape[0], -1, -1)
         x = self.join(torch.cat([h_BKD, slot, user_BD.unsqueeze(1).expand(-1, slots, -1)], -1))
         # A page shorter than K leaves masked tokens; a row without any ad attends to itself and is ignored by the caller.
@@ -388,15 +402,27 @@ class Evaluator(nn.Module):
         for block in self.blocks:
             x = block(x, attend)
         x = self.norm(x)
-        above = self.attention_left(h_BKD, mask_BK)
-        return click_logit_BK + self.click(x).squeeze(-1) + above, purchase_logit_BK + self.purchase(x).squeeze(-1) + above
+        page = self.EXAMINATION_GAIN * self.level + self.attention_left(h_BKD, codes_BK2, mask_BK)
+        damping = 1.0 if self.examination is None else self.ATTENTION_DAMPING
+        return click_logit_BK + damping * self.click(x).squeeze(-1) + page, purchase_logit_BK + damping * self.purchase(x).squeeze(-1) + page
 
-    def attention_left(self, h_BKD: Tensor, mask_BK: Tensor) -> Tensor:
-        """sum_{j<k} g(h_j): what the ads above leave of the attention for slot k, in logits; [B, K], 0 in the first slot."""
+    def attention_left(self, h_BKD: Tensor, codes_BK2: Tensor, mask_BK: Tensor) -> Tensor:
+        """sum_{j<k} g_j: what the ads above leave of the attention for slot k, in logits; [B, K], 0 in the first slot. h is normalised."""
         if self.examination is None:
             return torch.zeros_like(h_BKD[..., 0])
-        left = -F.softplus(self.EXAMINATION_GAIN * self.examination(h_BKD).squeeze(-1) + self.EXAMINATION_START) * mask_BK
+        own = self.examination(h_BKD).squeeze(-1)
+        for column, name in enumerate(PAGE_CODES):
+            own = own + self.examination_tables[name](codes_BK2[..., column]).squeeze(-1)
+        left = -F.softplus(self.EXAMINATION_GAIN * own + self.EXAMINATION_START) * mask_BK
         return F.pad(torch.cumsum(left, 1)[:, :-1], (1, 0))  # a sum of what is <= 0: it cannot rise, not even by rounding
+
+    def examination_prior(self, deviation: float) -> Tensor:
+        """-log of a Gaussian prior with this standard deviation (in logits) on every weight of g, up to a constant."""
+        if self.examination is None:
+            return self.level.new_zeros(())
+        weights = [self.examination.weight, *(table.weight for table in self.examination_tables.values())]
+        squares = torch.stack([(self.EXAMINATION_GAIN * weight).square().sum() for weight in weights])
+        return squares.sum() / (2 * deviation**2)
 
 
 class PaymentNetwork(nn.Module):
@@ -461,8 +487,8 @@ class EgaV1(nn.Module):
         self.register_buffer("unexposed_start", torch.zeros(2))
         self.register_buffer("unexposed_knee", torch.tensor(prior + 1.0))
         self.generator = Generator(config)
-        self.evaluator = Evaluator(config)
-        self.evaluation_evaluator = Evaluator(config)
+        self.evaluator = Evaluator(config, sizes)
+        self.evaluation_evaluator = Evaluator(config, sizes)
         """Trained on other days with another seed; never a training signal of the policy, so that gates can use it."""
         self.payment = PaymentNetwork(config)
 
@@ -519,20 +545,6 @@ class EgaV1(nn.Module):
         self.click_head.rest.layers[-1].bias += shift
         self.unexposed[0, 1] -= slope * shift / self.UNEXPOSED_GAIN
         self.unexposed[0, 3] -= shift / self.UNEXPOSED_GAIN
-
-    def page_logits(
-        self, h_BND: Tensor, user_BD: Tensor, click_BN: Tensor, purchase_BN: Tensor, page_BK: Tensor, evaluator: Evaluator | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Evaluator's logits for pages given as candidate positions (-1: no ad). `page_BK` may be [B, P, K]: P pages a request."""
-        evaluator = evaluator or self.evaluator
-        shape = page_BK.shape
-        pages = page_BK.reshape(shape[0], -1)
-        index, mask = pages.clamp(min=0), (page_BK >= 0).reshape(-1, shape[-1])
-        h = take(h_BND, index).reshape(-1, shape[-1], h_BND.shape[-1])
-        click, purchase = (torch.gather(x, 1, index).reshape(-1, shape[-1]) for x in (click_BN, purchase_BN))
-        repeats = h.shape[0] // shape[0]
-        logits = evaluator(h, user_BD.repeat_interleave(repeats, 0), click, purchase, mask)
-        return logits[0].reshape(shape), logits[1].reshape(shape)
 
     def stage_parameters(self, stage: str) -> list[nn.Parameter]:
         """What each training stage learns; everything else is frozen."""

@@ -16,11 +16,11 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as config_dataclass
 
 from marketplace import schema
-from model.ega_v1.mechanism import PRICE_MODES, Pages, Pool, PriceMode, allocate, learned_prices, prices, truthful, try_bids
+from model.ega_v1.mechanism import PRICE_MODES, Pages, Pool, PriceMode, allocate, learned_prices, page_logits, prices, truthful, try_bids
 from model.ega_v1.network import EgaV1
 from model.evaluation.metrics import auc, deviation, log_loss, mean_and_interval, recall_at
 from model.training.data import Samples
-from model.training.stages import encode_city, encode_exposed, logged_pages, newest, places_of, pretrain_metrics
+from model.training.stages import PAGE_INPUTS, encode_city, encode_exposed, logged_pages, newest, places_of, pretrain_metrics
 
 
 @config_dataclass(frozen=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
@@ -163,7 +163,7 @@ def _logged(network: EgaV1, pool: Pool, samples: Samples, exposed: dict[str, lis
     tensor = torch.from_numpy(page)
     ctr = {}
     for name, evaluator in (("evaluator", network.evaluator), ("evaluation", network.evaluation_evaluator)):
-        logit, _ = network.page_logits(pool.h, pool.user, pool.click, pool.purchase, tensor, evaluator)
+        logit, _ = page_logits(evaluator, pool, tensor)
         ctr[name] = torch.sigmoid(logit).double().numpy()
     ctr["set"] = torch.sigmoid(torch.gather(pool.click, 1, tensor.clamp(min=0))).double().numpy()
     shown = page >= 0
@@ -183,7 +183,7 @@ def _read(network: EgaV1, samples: Samples, rows: np.ndarray, exposed: dict[str,
         return
     data = encode_exposed(network, samples, rows, whole_city=True)
     shown = data["mask"]
-    page = (data["h"], data["user"], data["click_logit"], data["purchase_logit"], shown)
+    page = [data[name] for name in PAGE_INPUTS]
     exposed["click"].append(data["click"][shown].numpy().astype(samples.click.dtype))
     exposed["set"].append(torch.sigmoid(data["click_logit"])[shown].double().numpy())
     for name, evaluator in (("evaluator", network.evaluator), ("evaluation", network.evaluation_evaluator)):
@@ -200,7 +200,7 @@ def _incumbent(network: EgaV1, incumbent: Incumbent, pool: Pool, samples: Sample
     served = allocate(incumbent.network, theirs)
     price = prices(incumbent.network, theirs, served, incumbent.mode)
     # Both pools hold the whole city in the same order, so positions carry over.
-    logit, _ = network.page_logits(pool.h, pool.user, pool.click, pool.purchase, torch.from_numpy(served.pages), network.evaluation_evaluator)
+    logit, _ = page_logits(network.evaluation_evaluator, pool, torch.from_numpy(served.pages))
     ctr = torch.sigmoid(logit).double().numpy() * (served.pages >= 0)
     unit = pool.unit[:, None]
     return _page_frame(INCUMBENT, pool, samples, served, price), _sum_frame(INCUMBENT, pool, samples, ctr, price * unit, served.bid * unit)

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from marketplace import schema
-from model.ega_v1.mechanism import Bidding, Pages, Pool, allocate, learned_prices, truthful, try_bids
-from model.ega_v1.network import Batch, EgaV1, Evaluator, NetworkConfig, allocation_scores
+from model.ega_v1.mechanism import Bidding, Pages, Pool, allocate, learned_prices, page_logits, truthful, try_bids
+from model.ega_v1.network import PAGE_COLUMNS, Batch, EgaV1, Evaluator, NetworkConfig, allocation_scores
 from model.evaluation.metrics import auc, deviation, log_loss
 from model.layers import take
 from model.training.data import City, Samples, TrainingBatch, geo_table, vocabulary_sizes
@@ -59,6 +59,8 @@ class RewardConfig(LoopConfig):
     """Adam's peak rate."""
     weight_decay: float = Field(0.3, ge=0)
     """Decoupled weight decay; clicks are few and an evaluator that learns noise is what RLAF exploits."""
+    examination_deviation: float = Field(1.0, gt=0)
+    """Standard deviation, in logits, of the Gaussian prior on every weight of the examination term."""
     validate_every: int = Field(50, ge=1)
     """Steps between validations."""
     requests: int = Field(8000, ge=0)
@@ -73,7 +75,7 @@ class RlafConfig(LoopConfig):
     """Most candidates of a request; larger cities keep half by q*b and half at random."""
     steps: int = Field(200, ge=0)
     """Most optimiser steps."""
-    learning_rate: float = Field(5e-4, gt=0)
+    learning_rate: float = Field(1e-3, gt=0)
     """Adam's peak rate."""
     validate_every: int = Field(10, ge=1)
     """Steps between validations: what the evaluators have to teach is learned quickly, what comes later is their noise."""
@@ -299,15 +301,15 @@ def encode_city(network: EgaV1, samples: Samples, rows: np.ndarray, candidates: 
         index = torch.from_numpy(chosen)
         parts.append((
             requests, take(h, index).numpy(), user.numpy(), torch.gather(click, 1, index).numpy(), torch.gather(purchase, 1, index).numpy(),
-            city.bid[chosen], city.reserve[chosen], city.rows[chosen], np.full(len(requests), city.unit),
+            city.bid[chosen], city.reserve[chosen], city.rows[chosen], np.full(len(requests), city.unit), inputs.ad_fields[0, :, PAGE_COLUMNS].numpy()[chosen],
         ))  # fmt: skip
-    columns = [_stack([part[i] for part in parts], keep) for i in range(9)]
+    columns = [_stack([part[i] for part in parts], keep) for i in range(10)]
     mask = columns[7] >= 0
     back = np.argsort(columns[0], kind="stable")
-    requests, h, user, click, purchase, bid, reserve, ad_rows, unit = (column[back] for column in columns)
+    requests, h, user, click, purchase, bid, reserve, ad_rows, unit, codes = (column[back] for column in columns)
     mask = mask[back]
     return Pool(
-        requests, torch.from_numpy(h), torch.from_numpy(user), torch.from_numpy(click), torch.from_numpy(purchase),
+        requests, torch.from_numpy(h), torch.from_numpy(codes * mask[..., None]), torch.from_numpy(user), torch.from_numpy(click), torch.from_numpy(purchase),
         torch.from_numpy(bid * mask).float(), torch.from_numpy(reserve * mask).float(), torch.from_numpy(mask), ad_rows, unit,
     )
 
@@ -336,33 +338,37 @@ def _stack(parts: list[np.ndarray], keep: int) -> np.ndarray:
 
 @torch.no_grad()
 def encode_exposed(network: EgaV1, samples: Samples, rows: np.ndarray, whole_city: bool = False, batch: int = 128) -> dict[str, Tensor]:
-    """Frozen representations of the exposed pages of `rows`, in time order: h [R, K, D] and so on.
+    """Frozen representations of the exposed pages of `rows`, in time order: h [R, K, D], codes [R, K, 2] and so on.
 
     The pages are seen among their sampled candidates, as in pre-training, or among the whole city, as in serving.
     """
     network.eval()
     slots = samples.slots
     rows = np.sort(rows)
-    parts: list[tuple[np.ndarray, Tensor, Tensor, Tensor]] = []
+    parts: list[tuple[np.ndarray, Tensor, Tensor, Tensor, Tensor]] = []
     if whole_city:
         for requests, city, inputs in _city_batches(samples, rows):
             page = torch.from_numpy(np.stack([places_of(shown, city.rows) for shown in samples.candidate[requests, :slots]]))
             h, user = network.encode(inputs, page.clamp(min=0))
-            parts.append((requests, h, user, page >= 0))
+            codes = take(inputs.ad_fields[..., PAGE_COLUMNS].expand(len(page), -1, -1), page.clamp(min=0))
+            parts.append((requests, h, user, page >= 0, codes))
     else:
         for start in range(0, len(rows), batch):
             b = samples.batch(rows[start : start + batch])
             h, user = network.encode(b.inputs)
-            parts.append((rows[start : start + batch], h[:, :slots].contiguous(), user, b.exposed[:, :slots]))
+            parts.append((rows[start : start + batch], h[:, :slots].contiguous(), user, b.exposed[:, :slots], b.inputs.ad_fields[:, :slots, PAGE_COLUMNS]))
     order = torch.from_numpy(np.argsort(np.concatenate([part[0] for part in parts]), kind="stable"))
-    h, user, mask = (torch.cat([part[i] for part in parts])[order] for i in (1, 2, 3))
+    h, user, mask, codes = (torch.cat([part[i] for part in parts])[order] for i in (1, 2, 3, 4))
     click, purchase = network.heads(h, user)
     labels = {name: torch.from_numpy(np.asarray(getattr(samples, name)[rows, :slots])).float() for name in ("click", "purchase")}
-    return {"h": h, "user": user, "click_logit": click, "purchase_logit": purchase, "mask": mask, **labels}
+    return {"h": h, "codes": codes * mask.unsqueeze(-1), "user": user, "click_logit": click, "purchase_logit": purchase, "mask": mask, **labels}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Stage 2
+
+PAGE_INPUTS = ("h", "codes", "user", "click_logit", "purchase_logit", "mask")
+"""What an evaluator reads of `encode_exposed`, in its order."""
 
 
 def train_reward(
@@ -379,22 +385,23 @@ def train_reward(
     # Among the whole city, as the policy's pages will be seen: an evaluator trained among sampled candidates misjudged those by a quarter.
     data = encode_exposed(network, samples, rows, whole_city=True)
     check = encode_exposed(network, samples, newest(samples.split_rows(schema.VALIDATION), config.validation_requests), whole_city=True)
+    impressions = int(data["mask"].sum())
 
     def step(chosen: np.ndarray, noise: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         i = torch.from_numpy(chosen)
         mask = data["mask"][i]
-        click, purchase = evaluator(data["h"][i], data["user"][i], data["click_logit"][i], data["purchase_logit"][i], mask)
+        click, purchase = evaluator(*(data[name][i] for name in PAGE_INPUTS))
         loss = _masked_bce(click, data["click"][i], mask) + config.purchase_weight * _masked_bce(purchase, data["purchase"][i], mask)
-        return loss, {}
+        return loss + evaluator.examination_prior(config.examination_deviation) / impressions, {}
 
     def validate() -> dict[str, float]:
         return reward_metrics(evaluator, check)
 
     result = run_stage(which, network, parameters, config, np.arange(len(rows)), step, validate, folder, {**fingerprint, "config": asdict(config)}, device)
     with torch.no_grad():  # the level that the set-aware pCTR has on these pages: it stands on the clicks of all validation requests
-        logit, _ = evaluator(check["h"], check["user"], check["click_logit"], check["purchase_logit"], check["mask"])
+        logit, _ = evaluator(*(check[name] for name in PAGE_INPUTS))
         level = float(torch.sigmoid(check["click_logit"])[check["mask"]].double().mean())
-        evaluator.click.layers[-1].bias += level_for(logit[check["mask"]].double().numpy(), level)
+        evaluator.level += level_for(logit[check["mask"]].double().numpy(), level) / evaluator.EXAMINATION_GAIN
     return result
 
 
@@ -406,7 +413,7 @@ def _masked_bce(logit: Tensor, label: Tensor, mask: Tensor) -> Tensor:
 def reward_metrics(evaluator: Evaluator, data: dict[str, Tensor]) -> dict[str, float]:
     """AUC, log-loss and Dev of an evaluator on exposed pages beside those of the set-aware pCTR; `score` is -log-loss."""
     mask = data["mask"]
-    logit, _ = evaluator(data["h"], data["user"], data["click_logit"], data["purchase_logit"], mask)
+    logit, _ = evaluator(*(data[name] for name in PAGE_INPUTS))
     y, q, base = data["click"][mask].numpy(), torch.sigmoid(logit)[mask].numpy(), torch.sigmoid(data["click_logit"])[mask].numpy()
     return {
         "score": -log_loss(y, q), "auc": auc(y, q), "log_loss": log_loss(y, q), "dev": deviation(q, y),
@@ -447,9 +454,9 @@ def sample_page(score_BNK: Tensor, mask_BN: Tensor, noise: torch.Generator) -> t
     return torch.stack(page, 1), torch.stack(log_probability, 1), torch.stack(entropy, 1).mean(1)
 
 
-def page_values(network: EgaV1, pool: Pool, pages: Tensor, evaluator: Evaluator) -> Tensor:
+def page_values(pool: Pool, pages: Tensor, evaluator: Evaluator) -> Tensor:
     """Sum of b*q over the ads of pages [B, K] or [B, P, K] under an evaluator, in units of the median bid."""
-    logit, _ = network.page_logits(pool.h, pool.user, pool.click, pool.purchase, pages, evaluator)
+    logit, _ = page_logits(evaluator, pool, pages)
     index = pages.clamp(min=0).reshape(len(pages), -1)
     bid = torch.gather(pool.bid, 1, index).reshape(pages.shape) * (pages >= 0)
     return (torch.sigmoid(logit) * bid).sum(-1)
@@ -502,7 +509,7 @@ def marginal_rewards(network: EgaV1, batch: Pool, score: Tensor, page: Tensor) -
         shown = page[:, slot : slot + 1]
         banned = torch.zeros_like(batch.mask).scatter(1, shown.clamp(min=0), shown >= 0)
         without.append(greedy_page(score, batch.allowed, banned))
-    values = page_values(network, batch, torch.stack([page, *without], 1), network.evaluator)
+    values = page_values(batch, torch.stack([page, *without], 1), network.evaluator)
     return values[:, :1] - values[:, 1:]
 
 
@@ -520,7 +527,7 @@ def policy_metrics(network: EgaV1, pool: Pool, batch: int = 256) -> dict[str, fl
         for policy, page in pages.items():
             for judge, evaluator in (("reward", network.evaluator), ("evaluation", network.evaluation_evaluator)):
                 key = f"{policy}_{judge}"
-                totals[key] = totals.get(key, 0.0) + float(page_values(network, part, page, evaluator).sum())
+                totals[key] = totals.get(key, 0.0) + float(page_values(part, page, evaluator).sum())
     metrics = {name: value / len(pool.requests) for name, value in totals.items()}
     return {"score": metrics["generator_evaluation"], **metrics}
 

@@ -214,7 +214,7 @@ def market(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     network = build_network(NETWORK, samples, 2)
     with torch.no_grad():
         for index, (name, parameter) in enumerate(network.named_parameters()):
-            if not any(part in name for part in ("evaluator.click", "evaluator.purchase", "evaluator.examination")):
+            if not any(part in name for part in ("evaluator.click", "evaluator.purchase", "evaluator.examination", "evaluator.level")):
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
     network.evaluation_evaluator.load_state_dict(network.evaluator.state_dict())
     return SimpleNamespace(folder=folder, samples=samples, network=network, result=replay(network, samples, EvaluationConfig(batch=16)))

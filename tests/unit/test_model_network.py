@@ -15,8 +15,8 @@ from marketplace import schema
 from model import layers
 from model.bundle import Bundle
 from model.ega_v1.engine import RankingEngine
-from model.ega_v1.mechanism import PRICE_MODES, allocate, learned_prices, prices, truthful, try_bids
-from model.ega_v1.network import Batch, EgaV1, Evaluator, NetworkConfig, geo_prior
+from model.ega_v1.mechanism import PRICE_MODES, allocate, learned_prices, page_logits, prices, truthful, try_bids
+from model.ega_v1.network import PAGE_COLUMNS, Batch, EgaV1, Evaluator, NetworkConfig, geo_prior
 from model.layers import Dice
 from model.training.data import Samples
 from model.training.stages import build_network, encode_city, greedy_page, newest, separable_scores
@@ -53,7 +53,7 @@ def test_every_switch_runs_forward_and_backward(change: dict[str, Any]) -> None:
     click, purchase = network.heads(h, user)
     affinity, slopes = network.generator(h, batch.ad_mask, user)
     page = torch.arange(slots).expand(len(h), -1)
-    page_click, page_purchase = network.page_logits(h, user, click, purchase, page)
+    page_click, page_purchase = network.evaluator(h[:, :slots], batch.ad_fields[:, :slots, PAGE_COLUMNS], user, click[:, :slots], purchase[:, :slots], page >= 0)
     at = (len(h), slots)
     bid = torch.ones(at)
     payment = network.payment(h[:, :slots], page_click.sigmoid(), torch.ones(*at, slots - 1), bid, bid / 2, bid / 2, bid / 4)
@@ -204,7 +204,7 @@ def test_evaluator_starts_at_the_set_aware_logits(examination: bool) -> None:
     network = tiny_network(noise=0.0, examination=examination)
     pool = random_pool(network)
     page = torch.from_numpy(allocate(network, pool).pages)
-    click, purchase = network.page_logits(pool.h, pool.user, pool.click, pool.purchase, page)
+    click, purchase = page_logits(network.evaluator, pool, page)
     start = np.log1p(np.exp(Evaluator.EXAMINATION_START)) if examination else 0.0
     down = (-start * torch.arange(page.shape[1])).expand(page.shape) * (page >= 0)  # every ad starts with the same effect on those below
     torch.testing.assert_close(click, pool.click.gather(1, page) + down)
@@ -216,18 +216,18 @@ def test_evaluator_reads_the_page_and_nothing_behind_its_end() -> None:
     network = tiny_network(noise=0.5)
     pool = random_pool(network, padded=False)
     page = torch.tensor([3, 1, 4, 7, 2]).expand(12, -1)
-    args = (pool.h, pool.user, pool.click, pool.purchase)
-    whole = network.page_logits(*args, page)[0]
-    swapped = network.page_logits(*args, page[:, [1, 0, 2, 3, 4]])[0]
+    whole = page_logits(network.evaluator, pool, page)[0]
+    swapped = page_logits(network.evaluator, pool, page[:, [1, 0, 2, 3, 4]])[0]
     assert not torch.allclose(whole[:, 2:], swapped[:, 2:], atol=1e-4)  # the order above matters to the ads below
     short = torch.where(torch.arange(5) < 3, page, -1)
-    cut = network.page_logits(*args, short)[0]
+    cut = page_logits(network.evaluator, pool, short)[0]
     assert not torch.allclose(cut[:, :3], whole[:, :3], atol=1e-4)  # so do neighbours
     h, mask = pool.h[:, :5].clone(), (torch.arange(5) < 3).expand(12, -1)
-    first = network.evaluator(h, pool.user, pool.click[:, :5], pool.purchase[:, :5], mask)[0]
-    h[:, 3:] = 99.0
-    assert torch.equal(network.evaluator(h, pool.user, pool.click[:, :5], pool.purchase[:, :5], mask)[0][:, :3], first[:, :3])
-    nothing = network.page_logits(*args, torch.full_like(page, -1))[0]
+    codes, rest = pool.codes[:, :5].clone(), (pool.user, pool.click[:, :5], pool.purchase[:, :5], mask)
+    first = network.evaluator(h, codes, *rest)[0]
+    h[:, 3:], codes[:, 3:] = 99.0, 1
+    assert torch.equal(network.evaluator(h, codes, *rest)[0][:, :3], first[:, :3])
+    nothing = page_logits(network.evaluator, pool, torch.full_like(page, -1))[0]
     assert bool(torch.isfinite(nothing).all())
 
 
@@ -237,15 +237,29 @@ def test_examination_is_the_sum_over_the_ads_above() -> None:
     evaluator = network.evaluator
     h, mask = torch.randn(3, 5, network.config.width), torch.ones(3, 5, dtype=torch.bool)
     mask[1, 2] = False
-    linear = h @ evaluator.examination.weight[0] + evaluator.examination.bias
-    own = -torch.nn.functional.softplus(evaluator.EXAMINATION_GAIN * linear + evaluator.EXAMINATION_START) * mask
+    codes = torch.stack([torch.randint(1, 40, (3, 5)), torch.randint(1, 8, (3, 5))], -1)
+    ad, category = (evaluator.examination_tables[name].weight[codes[..., i], 0] for i, name in enumerate(("ad", "category")))
+    weight = h @ evaluator.examination.weight[0] + ad + category
+    own = -torch.nn.functional.softplus(evaluator.EXAMINATION_GAIN * weight + evaluator.EXAMINATION_START) * mask
     expected = torch.stack([own[:, :slot].sum(1) for slot in range(5)], 1)
-    torch.testing.assert_close(evaluator.attention_left(h, mask), expected)
-    assert bool((evaluator.attention_left(h, mask)[:, 0] == 0).all())
-    assert bool((evaluator.attention_left(h, mask).diff(dim=1) <= 0).all())  # it never rises down the page
+    left = evaluator.attention_left(h, codes, mask)
+    torch.testing.assert_close(left, expected)
+    assert bool((left[:, 0] == 0).all())
+    assert bool((left.diff(dim=1) <= 0).all())  # it never rises down the page
     plain = tiny_network(noise=0.5, examination=False).evaluator
     assert plain.examination is None
-    assert bool((plain.attention_left(h, mask) == 0).all())
+    assert bool((plain.attention_left(h, codes, mask) == 0).all())
+
+
+@torch.no_grad()
+def test_examination_prior_is_a_gaussian_in_logits() -> None:
+    evaluator = tiny_network(noise=0.5).evaluator
+    weights = torch.cat([evaluator.examination.weight.flatten(), *(table.weight.flatten() for table in evaluator.examination_tables.values())])
+    for deviation in (0.5, 2.0):
+        gaussian = torch.distributions.Normal(0.0, deviation)
+        expected = gaussian.log_prob(torch.zeros(())) * len(weights) - gaussian.log_prob(evaluator.EXAMINATION_GAIN * weights).sum()
+        torch.testing.assert_close(evaluator.examination_prior(deviation), expected)
+    assert float(tiny_network(noise=0.5, examination=False).evaluator.examination_prior(1.0)) == 0.0
 
 
 @torch.no_grad()
@@ -254,9 +268,9 @@ def test_several_pages_of_a_request_are_read_one_by_one() -> None:
     pool = random_pool(network, padded=False)
     pages = torch.stack([torch.randperm(14)[:5] for _ in range(36)]).reshape(12, 3, 5)
     pages[3, 1, 4] = -1
-    together = network.page_logits(pool.h, pool.user, pool.click, pool.purchase, pages)[0]
+    together = page_logits(network.evaluator, pool, pages)[0]
     for i in range(3):
-        alone = network.page_logits(pool.h, pool.user, pool.click, pool.purchase, pages[:, i])[0]
+        alone = page_logits(network.evaluator, pool, pages[:, i])[0]
         torch.testing.assert_close(together[:, i], alone, rtol=1e-5, atol=1e-5)
 
 

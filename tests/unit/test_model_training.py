@@ -22,12 +22,13 @@ from samples_fixture import tiny_samples
 import auction
 from auction.critical import reachable_slots, step_prices
 from marketplace import schema
-from model.ega_v1.mechanism import allocate, others_bids, step_prices_everywhere, truthful, try_bids
+from model.ega_v1.mechanism import allocate, others_bids, page_logits, step_prices_everywhere, truthful, try_bids
 from model.training import loop
 from model.training.data import Samples, epoch_order
 from model.training.loop import Device, LoopConfig, run_stage
 from model.training.run import STAGES, load_stage, train_stage
 from model.training.stages import (
+    PAGE_INPUTS,
     build_network,
     encode_city,
     encode_exposed,
@@ -452,7 +453,7 @@ def test_stages_leave_calibrated_probabilities(trained: SimpleNamespace) -> None
         used = newest(rows, getattr(trained.config, which).validation_requests)
         data = encode_exposed(network, samples, used, whole_city=True)
         assert set(reward_metrics(evaluator, data)) >= {"score", "auc", "log_loss", "dev"}
-        logit, _ = evaluator(*(data[name] for name in ("h", "user", "click_logit", "purchase_logit", "mask")))
+        logit, _ = evaluator(*(data[name] for name in PAGE_INPUTS))
         levels = [float(torch.sigmoid(x)[data["mask"]].mean()) for x in (logit, data["click_logit"])]
         assert levels[0] == pytest.approx(levels[1], rel=1e-4)
 
@@ -529,7 +530,7 @@ def test_marginal_rewards_equal_plain_loops() -> None:
 
     def value(request: int, ads: list[int]) -> float:
         one = pool.take(np.array([request]))
-        logit = network.page_logits(one.h, one.user, one.click, one.purchase, torch.tensor([ads]))[0][0]
+        logit = page_logits(network.evaluator, one, torch.tensor([ads]))[0][0]
         return sum(float(pool.bid[request, ad]) * float(torch.sigmoid(z)) for ad, z in zip(ads, logit, strict=True))
 
     for request, slot in itertools.product(range(5), range(5)):
@@ -608,7 +609,7 @@ def test_trial_bids_give_what_a_rerun_auction_gives(seed: int, slots: int) -> No
         def ctr(rows: np.ndarray, b: int = b) -> np.ndarray:
             one = pool.take(np.array([b]))
             with torch.no_grad():
-                logit = network.page_logits(one.h, one.user, one.click, one.purchase, torch.from_numpy(np.asarray(rows))[None])[0]
+                logit = page_logits(network.evaluator, one, torch.from_numpy(np.asarray(rows))[None])[0]
             return torch.sigmoid(logit)[0].double().numpy()
 
         assert bidding.ctr[b, i, t] == pytest.approx(ctr(page)[place[0]], abs=1e-6)

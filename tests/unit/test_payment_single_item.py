@@ -18,7 +18,7 @@ RESERVE, OPTIMUM = 0.5, 5 / 12
 def market(requests: int, seed: int, width: int) -> Pool:
     bids = torch.from_numpy(np.random.default_rng(seed).random((requests, 2))).float()
     return Pool(
-        np.arange(requests), torch.zeros(requests, 2, width), torch.zeros(requests, width), torch.full((requests, 2), 20.0), torch.zeros(requests, 2),
+        np.arange(requests), torch.zeros(requests, 2, width), torch.zeros(requests, 2, 2, dtype=torch.int64), torch.zeros(requests, width), torch.full((requests, 2), 20.0), torch.zeros(requests, 2),
         bids, torch.full_like(bids, RESERVE), torch.ones(requests, 2, dtype=torch.bool), np.zeros((requests, 2), np.int64), np.ones(requests),
     )  # fmt: skip
 
