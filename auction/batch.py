@@ -133,6 +133,26 @@ def counterfactual_pages(pctr: Any, bids: Any, affinity: Any, slopes: Any, pages
     return _moved(short, own)
 
 
+def pages_with(pctr: Any, bids: Any, affinity: Any, slopes: Any, pages: Any, losers: Any, eligible: Any = None, tie_key: Any = None) -> Ints:
+    """The page that is shown when an ad that is not displayed sits in a slot, [B, J, K, K] = [request, loser, slot, page]; -1 where padded.
+
+    Args as critical_bids; losers [B, J] rows of ads that `pages` do not show (-1: none). Ads above the slot are those of the page; below it the
+    ads are drawn again. A slot that `pages` leave empty can be taken when it is the first such.
+    """
+    short, own = _market(pctr, bids, affinity, slopes, pages, eligible, tie_key)
+    n_requests, n_slots = own.shape
+    losers_BJ = _as_pages(losers, np.asarray(pctr).shape)
+    if (losers_BJ[:, :, None] == np.where(own >= 0, to_rows(short, own), -2)[:, None, :]).any():
+        raise AuctionInputError("losers must not be on the page")
+    # One walker a slot leaves that slot free. The freed ad is one more rival further down, so the loser would lose there as well.
+    slots = np.arange(n_slots)
+    gap = run_greedy(short, barred=np.full((n_requests, n_slots), -1), forced_slot=np.broadcast_to(slots, (n_requests, n_slots)))
+    around = np.broadcast_to(to_rows(short, gap)[:, None], (*losers_BJ.shape, n_slots, n_slots)).copy()
+    around[:, :, slots, slots] = losers_BJ[:, :, None]
+    reachable = slots[None, :] <= (own >= 0).sum(axis=1)[:, None]
+    return np.where((reachable[:, None, :] & (losers_BJ >= 0)[:, :, None])[..., None], around, -1)
+
+
 def pages_without(pctr: Any, bids: Any, affinity: Any, slopes: Any, pages: Any, eligible: Any = None, tie_key: Any = None) -> Ints:
     """Y_{-i}: the page when a displayed ad is not there, [B, K, K] = [request, own slot, page]; -1 where padded."""
     short, own = _market(pctr, bids, affinity, slopes, pages, eligible, tie_key)

@@ -129,7 +129,7 @@ def flat_metrics(metrics: dict[str, Any]) -> dict[str, float]:
     flat = {name: metrics["ranking"][name] for name in ("auc", "auc_exposed", "auc_evaluator", "dev")}
     flat |= {name: value for name, value in metrics["ranking"].items() if name.startswith("recall_at") and not name.endswith("interval")}
     flat |= {"ectr_percent": metrics["policies"][f"ega_v1/{mode}"]["ectr_percent"], "erpm": metrics["policies"][f"ega_v1/{mode}"]["erpm"]}
-    flat |= {name: metrics["psi"][mode][name] for name in ("psi_exact_model", "psi_exact")}
+    flat |= {name: metrics["psi"][mode][name] for name in ("psi_exact_model", "psi_exact", "psi_loser")}
     return {name: float(value) for name, value in flat.items() if value is not None and np.isfinite(value)}
 
 
@@ -143,6 +143,10 @@ def roc_points(run_dir: Path, points: int = 100) -> tuple[list[float], list[floa
     fpr, tpr, threshold = roc_curve(data["exposed_click"], data["exposed_pctr"])
     pick = np.unique(np.linspace(0, len(fpr) - 1, points).astype(int))
     return fpr[pick].tolist(), tpr[pick].tolist(), threshold[pick].tolist()
+
+
+PSI = ("psi_exact", "psi_loser", "psi_paper")
+PSI_NOTE = "<p>What ads could gain by lying about their bid, over the utility of the displayed ads; the page is generated again for every lie.</p>"
 
 
 def candidate_sections(run_dir: Path, truth: dict[str, Any] | None = None) -> list[tuple[str, str]]:
@@ -160,13 +164,15 @@ def candidate_sections(run_dir: Path, truth: dict[str, Any] | None = None) -> li
         (name, p["ectr_percent"], p["erpm"], f"{p['erpm_interval'][0]:.4g} to {p['erpm_interval'][1]:.4g}", p["bid_value_per_1000"])
         for name, p in metrics["policies"].items()
     ]
-    psi = [(name, p["psi_exact_model"], p["psi_exact"], p["psi_paper"], "charged" if name == mode else "") for name, p in metrics["psi"].items()]
+    psi = [
+        (name, *(p[f"{kind}_model"] for kind in PSI), *(p[kind] for kind in PSI), "charged" if name == mode else "") for name, p in metrics["psi"].items()
+    ]
     ranking = [(name.replace("_", " "), value) for name, value in metrics["ranking"].items() if not isinstance(value, list)]
     return [
         ("Gates", table(("gate", "verdict", "reason"), gates)),
         ("What each stage moved", table(("stage", "measure", "on", "before", "after", "improved"), moved)),
         ("Policies on the test days, by the evaluation evaluator", table(("policy / prices", "eCTR % per request", "eRPM per 1000 requests", "95 % interval", "bid value per 1000"), policies)),
-        ("Incentive compatibility", table(("prices", "psi exact, pricing evaluator", "psi exact, evaluation evaluator", "psi of the paper's grid", ""), psi)),
+        ("Incentive compatibility", PSI_NOTE + table(("prices", *(f"{kind}, {judge}" for judge in ("pricing evaluator", "evaluation evaluator") for kind in ("displayed", "losers", "paper's grid")), ""), psi)),
         ("Ranking and calibration", table(("measure", "value"), ranking)),
         ("Calibration on exposed test ads", calibration_svg(data["exposed_click"], data["exposed_pctr"])),
         ("ROC on exposed test ads", roc_svg(data["exposed_click"], data["exposed_pctr"])),

@@ -59,30 +59,36 @@ class Pool:
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Pages:
-    """Pages of B requests with everything their prices rest on; float64, padding 0 (thresholds inf)."""
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """What J ads of B requests get in every slot that a bid of theirs can win; float64, padding 0 (thresholds inf)."""
 
     pages: np.ndarray
-    """[B, K] candidate positions, -1 where no ad is left."""
+    """[B, J] candidate positions of the ads; -1 none. Of displayed ads: the page."""
     moved: np.ndarray
-    """[B, K, K, K] counterfactual pages."""
+    """[B, J, K, K] the page that is shown with the ad in a slot."""
     theta: np.ndarray
-    """[B, K, K] critical bids, non-increasing in the slot."""
+    """[B, J, K] critical bids, non-increasing in the slot."""
+    ctr_moved: np.ndarray
+    """[B, J, K] pCTR of the ad on `moved`."""
+    set_ctr: np.ndarray
+    """[B, J] set-aware pCTR."""
+    bid: np.ndarray
+    """[B, J]."""
+    reserve: np.ndarray
+    """[B, J]."""
+    critical_at: np.ndarray
+    """[B, J, K] truthful price per click in every slot; inf where never reached."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pages(Audit):
+    """Pages of B requests, an audit of the displayed ads (J = K), with everything their prices rest on."""
+
     ctr: np.ndarray
     """[B, K] evaluator's pCTR on the page."""
-    ctr_moved: np.ndarray
-    """[B, K, K] pCTR of the ad of slot i when it sits in slot l of `moved`."""
-    set_ctr: np.ndarray
-    """[B, K] set-aware pCTR."""
-    bid: np.ndarray
-    """[B, K]."""
-    reserve: np.ndarray
-    """[B, K]."""
     critical: np.ndarray
     """[B, K] truthful price per click."""
-    critical_at: np.ndarray
-    """[B, K, K] truthful price of the ad of slot i were it in slot l."""
     repaired: np.ndarray
     """[B, K] true where a non-monotone CTR had to be repaired (auction.critical)."""
     gsp: np.ndarray
@@ -156,9 +162,49 @@ def price_pages(
     own, other = (own_slot_scores(q * bids, affinity_BNK, slopes_BNK, rows) for rows in (found.pages, rival))
     tied = shown & (rival >= 0) & (quantise(own) == quantise(other))
     return Pages(
-        found.pages, found.moved, found.theta, ctr_all[:, 0], ctr_moved, at["q"], at["bid"], at["reserve"], critical, critical_at, repaired, gsp,
-        next_score, rival, affinity, slope, tied,
+        pages=found.pages, moved=found.moved, theta=found.theta, ctr_moved=ctr_moved, set_ctr=at["q"], bid=at["bid"], reserve=at["reserve"],
+        critical_at=critical_at, ctr=ctr_all[:, 0], critical=critical, repaired=repaired, gsp=gsp, next_score=next_score, runner_up=rival,
+        affinity=affinity, slope=slope, tied=tied,
     )  # fmt: skip
+
+
+@torch.no_grad()
+def audit_losers(network: EgaV1, pool: Pool, pages: Pages, count: int, evaluators: tuple[Evaluator, ...]) -> list[Audit]:
+    """The `count` ads a request that come nearest to the page of `allocate`, by bid over critical bid, one audit an evaluator.
+
+    Who is not displayed can only overbid. Under critical prices nobody gains by it whatever the CTRs (every threshold exceeds the value);
+    under GSP and learned prices somebody may.
+    """
+    q, bids = torch.sigmoid(pool.click).double().numpy(), pool.bid.double().numpy()
+    reserves, mask = pool.reserve.double().numpy(), pool.mask.numpy()
+    slots = pages.theta.shape[-1]
+    affinity, slopes = (x[..., :slots].double().numpy() for x in network.generator(pool.h, pool.mask, pool.user))
+    market = (q, bids, affinity, slopes, pages.pages)
+    eligible = pool.allowed.numpy()
+    theta = auctions.critical_bids_of_all(*market, eligible, barred=~mask)
+    entry = np.maximum(theta[..., -1], reserves)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        nearness = np.where(np.isfinite(entry) & (bids > 0), bids / entry, -1.0)
+    request, slot = np.nonzero(pages.pages >= 0)
+    nearness[request, pages.pages[request, slot]] = -1.0
+    order = np.argsort(-nearness, axis=1, kind="stable")[:, :count]
+    losers = np.where(np.take_along_axis(nearness, order, 1) > 0, order, -1)
+    moved = auctions.pages_with(*market, losers, eligible)
+    batch, many = losers.shape
+    at = np.maximum(losers, 0)
+    theirs = np.where((losers >= 0)[..., None], np.take_along_axis(theta, at[..., None], 1), np.inf)
+    theirs = np.where(moved[..., 0] >= 0, theirs, np.inf)
+    floor, own, bid = (np.take_along_axis(values, at, 1) * (losers >= 0) for values in (reserves, q, bids))
+    flat = torch.from_numpy(moved.reshape(batch, many * slots, slots))
+    audits = []
+    for evaluator in evaluators:
+        logit, _ = page_logits(evaluator, pool, flat)
+        ctr = torch.sigmoid(logit).double().numpy().reshape(moved.shape) * (moved >= 0)
+        ctr = np.einsum("bjll->bjl", ctr)
+        audits.append(Audit(
+            pages=losers, moved=moved, theta=theirs, ctr_moved=ctr, set_ctr=own, bid=bid, reserve=floor, critical_at=step_prices_everywhere(theirs, ctr, floor),
+        ))  # fmt: skip
+    return audits
 
 
 def own_slot_scores(value_BN: np.ndarray, affinity_BNK: np.ndarray, slopes_BNK: np.ndarray, rows_BK: np.ndarray) -> np.ndarray:
@@ -219,9 +265,9 @@ class Bidding:
     """[B, K, T, K-1] bids of the other ads on that page."""
 
 
-def try_bids(pool: Pool, pages: Pages, trial_BKT: np.ndarray) -> Bidding:
-    """Outcome of trial bids of the displayed ads, from thresholds and counterfactual pages alone (no re-run needed)."""
-    slots = pages.pages.shape[1]
+def try_bids(pool: Pool, pages: Audit, trial_BKT: np.ndarray) -> Bidding:
+    """Outcome of trial bids of the audited ads, from thresholds and counterfactual pages alone (no re-run needed)."""
+    slots = pages.theta.shape[-1]
     shown = (pages.pages >= 0)[:, :, None]
     wins = (pages.theta[:, :, None, :] < trial_BKT[..., None]) & shown[..., None]
     enough = wins.any(-1) & (trial_BKT >= pages.reserve[:, :, None]) & (trial_BKT > 0)
@@ -242,12 +288,12 @@ def try_bids(pool: Pool, pages: Pages, trial_BKT: np.ndarray) -> Bidding:
     return Bidding(trial_BKT, slot, pick(pages.ctr_moved), np.minimum(pick(critical), trial_BKT), np.where(won, trial_BKT - theta, 0.0), others)
 
 
-def truthful(pool: Pool, pages: Pages) -> Bidding:
+def truthful(pool: Pool, pages: Audit) -> Bidding:
     """`try_bids` at the bids as they are, T = 1."""
     return try_bids(pool, pages, pages.bid[:, :, None])
 
 
-def learned_prices(network: EgaV1, pool: Pool, pages: Pages, bidding: Bidding) -> Tensor:
+def learned_prices(network: EgaV1, pool: Pool, pages: Audit, bidding: Bidding) -> Tensor:
     """Payment network on trial bids, [B, K, T]; differentiable in the network's weights."""
     trials = bidding.bid.shape[2]
     h = page_states(pool, pages.pages).unsqueeze(2).expand(-1, -1, trials, -1)

@@ -25,8 +25,10 @@ class GateConfig:
     psi_limit_independent: float = 0.15
     """The same under the evaluation evaluator, which knows other days. Two honest estimates of CTR from few clicks differ, so
     even exact prices show some; the limit is there to catch what is broken, the one above to keep prices truthful."""
+    psi_loser_limit: float = Field(0.001, ge=0)
+    """Largest gain of the nearest ads that are not displayed, over the utility of those that are, under either evaluator."""
     learned_revenue_share: float = Field(0.95, ge=0)
-    """Learned payments are chosen only with at least this share of the critical prices' revenue, and within psi_limit."""
+    """Learned payments are chosen only with at least this share of the critical prices' revenue, and within the psi limits."""
     minimum_lift: float = -0.01
     """Lower 95 % bound of the paired relative eRPM lift over the incumbent must exceed this; a little below 0, so that a fresh
     model that is as good as its predecessor may replace it."""
@@ -45,19 +47,38 @@ class Gate:
     reason: str
 
 
-def ic_gate(psi_model: float, psi_independent: float, mode: str, config: GateConfig) -> Gate:
-    """Incentive compatibility of the prices that will be charged, under both evaluators."""
-    values = (psi_model, psi_independent)
-    measured = all(isinstance(value, float) and math.isfinite(value) for value in values)
-    approved = measured and 0.0 <= psi_model <= config.psi_limit and 0.0 <= psi_independent <= config.psi_limit_independent
-    if not measured:
-        reason = f"psi of {mode} prices could not be measured ({psi_model}, {psi_independent})"
-    else:
-        reason = (
-            f"by lying about its bid a displayed ad could gain {100 * psi_model:.2f} % of its utility under {mode} prices (limit {100 * config.psi_limit:.2f} %); "
-            f"judged by the independent evaluator {100 * psi_independent:.2f} % (limit {100 * config.psi_limit_independent:.2f} %)"
-        )
-    return Gate("incentive_compatibility", bool(approved), psi_model if measured else None, config.psi_limit, reason)
+def ic_gate(psi: dict[str, Any], mode: str, config: GateConfig) -> Gate:
+    """Incentive compatibility of the prices that will be charged: displayed ads and losers, under both evaluators.
+
+    psi: the metrics' entry of one price mode (model.evaluation.replay).
+    """
+    limits = {
+        "psi_exact_model": config.psi_limit, "psi_exact": config.psi_limit_independent,
+        "psi_loser_model": config.psi_loser_limit, "psi_loser": config.psi_loser_limit,
+    }  # fmt: skip
+    values = {name: psi.get(name) for name in limits}
+    bad = [name for name, value in values.items() if not (isinstance(value, float) and math.isfinite(value))]
+    if bad:
+        return Gate("incentive_compatibility", False, None, config.psi_limit, f"psi of {mode} prices could not be measured ({', '.join(f'{name} {values[name]}' for name in bad)})")
+    approved = all(0.0 <= values[name] <= limit for name, limit in limits.items())
+    shown, losers = (
+        f"{100 * values[f'{name}_model']:.2f} % (limit {100 * limits[f'{name}_model']:.2f} %), judged by the independent evaluator {100 * values[name]:.2f} % (limit {100 * limits[name]:.2f} %)"
+        for name in ("psi_exact", "psi_loser")
+    )
+    reason = f"under {mode} prices displayed ads could gain {shown} of their utility by lying about their bid{_how(psi)}; ads not displayed, by overbidding: {losers}"
+    return Gate("incentive_compatibility", bool(approved), values["psi_exact_model"], config.psi_limit, reason)
+
+
+def _how(psi: dict[str, Any]) -> str:
+    """In words, how an advertiser would gain: by shading or overbidding, and the largest gain found."""
+    share, worst = psi.get("shading_share"), psi.get("worst")
+    if share is None or not worst:
+        return ""
+    way = f"{100 * share:.0f} % of it by shading" if share >= 0.5 else f"{100 * (1 - share):.0f} % of it by overbidding"
+    return (
+        f", {way} (most: ad {worst['ad_id']} in slot {worst['slot']} of request {worst['request_id']}, worth {worst['value']:.4g} a click to its owner, "
+        f"would bid {worst['best_bid']:.4g} and gain {worst['gain']:.2g})"
+    )
 
 
 def revenue_gate(per_request: pd.DataFrame, candidate: str, incumbent: str, config: GateConfig) -> Gate:
@@ -89,16 +110,16 @@ def calibration_gate(dev: float, config: GateConfig) -> Gate:
 
 def choose_price_mode(metrics: dict[str, Any], config: GateConfig) -> str:
     """`learned` when the payment network earned it (psi within the limit, enough revenue), else `critical`."""
-    psi = metrics["psi"]["learned"]["psi_exact_model"]
+    honest = ic_gate(metrics["psi"]["learned"], "learned", config).approved
     learned, critical = (metrics["policies"][f"ega_v1/{mode}"]["erpm"] for mode in ("learned", "critical"))
-    earned = math.isfinite(psi) and 0.0 <= psi <= config.psi_limit and critical > 0 and learned >= config.learned_revenue_share * critical
+    earned = honest and critical > 0 and learned >= config.learned_revenue_share * critical
     return "learned" if earned else "critical"
 
 
 def judge(metrics: dict[str, Any], per_request: pd.DataFrame, mode: str, incumbent: str, config: GateConfig) -> list[Gate]:
     """All gates of a candidate that charges by `mode`."""
     return [
-        ic_gate(metrics["psi"][mode]["psi_exact_model"], metrics["psi"][mode]["psi_exact"], mode, config),
+        ic_gate(metrics["psi"][mode], mode, config),
         revenue_gate(per_request, f"ega_v1/{mode}", incumbent, config),
         calibration_gate(metrics["ranking"]["dev"], config),
     ]

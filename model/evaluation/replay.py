@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as config_dataclass
 
 from marketplace import schema
-from model.ega_v1.mechanism import PRICE_MODES, Pages, Pool, PriceMode, allocate, learned_prices, page_logits, prices, truthful, try_bids
+from model.ega_v1.mechanism import PRICE_MODES, Audit, Bidding, Pages, Pool, PriceMode, allocate, audit_losers, learned_prices, page_logits, prices, try_bids
 from model.ega_v1.network import EgaV1
 from model.evaluation.metrics import auc, deviation, log_loss, mean_and_interval, recall_at
 from model.training.data import Samples
@@ -35,6 +35,8 @@ class EvaluationConfig:
     """Requests encoded at a time."""
     misreport_points: int = Field(9, ge=2)
     """Trial bids inside every interval between two thresholds when regret is measured."""
+    audited_losers: int = Field(5, ge=0)
+    """Ads a request, next to those displayed, whose gain from overbidding is measured."""
     recall_at: int = Field(50, ge=1)
     """k of Recall@k."""
 
@@ -95,9 +97,13 @@ def replay(network: EgaV1, samples: Samples, config: EvaluationConfig, incumbent
                 requests.append(_request_frame(tag, pool, samples, judged, price))
                 pages.append(_page_frame(tag, pool, samples, served, price))
                 if policy == "ega_v1":
-                    regret["evaluation"][name].add(network, pool, served, judged, name, config.misreport_points)
-                    regret["model"][name].add(network, pool, served, served, name, config.misreport_points)
+                    regret["evaluation"][name].add(network, pool, samples, served, judged, price, judged.ctr, name, config.misreport_points)
+                    regret["model"][name].add(network, pool, samples, served, served, price, served.ctr, name, config.misreport_points)
             if policy == "ega_v1":
+                near, near_judged = audit_losers(network, pool, served, config.audited_losers, (network.evaluator, network.evaluation_evaluator))
+                for name in PRICE_MODES:
+                    regret["evaluation"][name].add_losers(network, pool, near, near_judged, name, config.misreport_points)
+                    regret["model"][name].add_losers(network, pool, near, near, name, config.misreport_points)
                 shown = served.pages >= 0
                 unit = pool.unit[:, None]
                 for key, value in (("learned", prices(network, pool, served, "learned")), ("critical", served.critical), ("bid", served.bid)):
@@ -123,7 +129,8 @@ def replay(network: EgaV1, samples: Samples, config: EvaluationConfig, incumbent
         },
         "policies": _policy_table(per_request),
         "psi": {
-            name: {**value.psi(), "psi_exact_model": regret["model"][name].psi()["psi_exact"]} for name, value in regret["evaluation"].items()
+            name: {**value.psi(), **{f"{key}_model": mine for key, mine in regret["model"][name].psi().items() if key.startswith("psi_")}}
+            for name, value in regret["evaluation"].items()
         },
     }  # fmt: skip
     plots = {"exposed_click": y, "exposed_pctr": q, **{name: np.concatenate(value) for name, value in scatter.items()}}
@@ -246,35 +253,56 @@ def _policy_table(per_request: pd.DataFrame) -> dict[str, dict[str, Any]]:
 
 
 class _Regret:
-    """Regret over utility of displayed ads for one price mode, with CTRs of the evaluation evaluator."""
+    """Regret of one price mode: displayed ads' over their utility, the nearest losers' over the same, and how it is earned."""
 
     def __init__(self) -> None:
-        self.regret = self.utility = self.grid = self.grid_utility = 0.0
+        self.regret = self.utility = self.losers = self.shading = 0.0
         self.ratios: list[np.ndarray] = []
+        self.worst: dict[str, Any] | None = None
 
-    def add(self, network: EgaV1, pool: Pool, served: Pages, judged: Pages, mode: PriceMode, points: int) -> None:
-        own = truthful(pool, judged)
-        utility = ((judged.bid - prices(network, pool, served, mode)) * judged.ctr) * (served.pages >= 0)
-        best = np.maximum(_best(network, pool, served, judged, mode, _interval_bids(served, points)), utility)
-        grid = _best(network, pool, served, judged, mode, served.bid[:, :, None] * PAPER_GRID)
-        best = np.maximum(best, grid)
-        shown = own.slot[..., 0] >= 0
-        self.regret += float((best - utility)[shown].sum())
-        self.utility += float(utility[shown].sum())
+    def add(self, network: EgaV1, pool: Pool, samples: Samples, served: Audit, judged: Audit, price: np.ndarray, ctr: np.ndarray, mode: PriceMode, points: int) -> None:
+        """Displayed ads: `served` prices, `judged` says how often they would be clicked; price, ctr [B, K] as played."""
+        shown = served.pages >= 0
+        utility = (judged.bid - price) * ctr * shown
+        best, bid = _best(network, pool, served, judged, mode, _interval_bids(served, points))
+        grid, grid_bid = _best(network, pool, served, judged, mode, served.bid[:, :, None] * PAPER_GRID)
+        best, bid = np.maximum(best, grid), np.where(grid > best, grid_bid, bid)
+        gain = np.maximum(best - utility, 0.0) * shown
+        self.regret += float(gain.sum())
+        self.shading += float(gain[bid < served.bid].sum())
+        self.utility += float(utility.sum())
         rated = shown & (utility > 0)
         self.ratios.append(np.maximum(grid - utility, 0.0)[rated] / utility[rated])
+        unit = pool.unit[:, None]
+        at = np.unravel_index(int(np.argmax(gain * unit)), gain.shape)
+        if gain[at] > 0 and (self.worst is None or float((gain * unit)[at]) > self.worst["gain"]):
+            amounts = {"value": served.bid, "best_bid": bid, "utility": utility, "gain": gain}
+            row = pool.ad_rows[at[0], served.pages[at]]
+            self.worst = {
+                "request_id": int(samples.request_id[pool.requests[at[0]]]), "ad_id": int(samples.ad_id[row]), "slot": int(at[1]) + 1,
+                **{name: float((value * unit)[at]) for name, value in amounts.items()},
+            }  # fmt: skip
 
-    def psi(self) -> dict[str, float]:
-        """psi_exact: ratio of sums, winners; psi_paper: the paper's grid and mean of ratios."""
+    def add_losers(self, network: EgaV1, pool: Pool, served: Audit, judged: Audit, mode: PriceMode, points: int) -> None:
+        """Ads that are not displayed have no utility as played: whatever they can get is gain."""
+        best, _ = _best(network, pool, served, judged, mode, _interval_bids(served, points))
+        self.losers += float(np.maximum(best, 0.0)[served.pages >= 0].sum())
+
+    def psi(self) -> dict[str, Any]:
+        """psi_exact: ratio of sums, winners; psi_loser: losers' gains over the same utility; psi_paper: the paper's grid, mean of ratios."""
         ratios = np.concatenate(self.ratios) if self.ratios else np.zeros(0)
-        return {"psi_exact": self.regret / self.utility if self.utility > 0 else float("nan"), "psi_paper": float(ratios.mean()) if len(ratios) else float("nan")}
+        exact, loser = ((value / self.utility if self.utility > 0 else float("nan")) for value in (self.regret, self.losers))
+        return {
+            "psi_exact": exact, "psi_loser": loser, "psi_paper": float(ratios.mean()) if len(ratios) else float("nan"),
+            "shading_share": self.shading / self.regret if self.regret > 0 else None, "worst": self.worst,
+        }  # fmt: skip
 
 
 PAPER_GRID = np.arange(1, 11) * 0.2
 
 
-def _interval_bids(pages: Pages, points: int) -> np.ndarray:
-    """[B, K, K*points]: bids spread over every interval between thresholds, its lower edge included (the best response of a
+def _interval_bids(pages: Audit, points: int) -> np.ndarray:
+    """[B, J, K*points]: bids spread over every interval between thresholds, its lower edge included (the best response of a
     rule whose price does not read the own bid)."""
     low = np.maximum(np.where(np.isfinite(pages.theta), pages.theta, 0.0), pages.reserve[..., None])
     high = np.concatenate([np.maximum(2 * pages.bid, 2 * low[..., 0])[..., None], low[..., :-1]], -1)
@@ -282,36 +310,43 @@ def _interval_bids(pages: Pages, points: int) -> np.ndarray:
     return (low[..., None] + (high - low)[..., None] * share).reshape(*pages.bid.shape, -1)
 
 
-def _best(network: EgaV1, pool: Pool, served: Pages, judged: Pages, mode: PriceMode, trial_bids: np.ndarray) -> np.ndarray:
-    """Best utility of every displayed ad over trial bids, [B, K]: prices as served, CTRs as judged."""
+def _best(network: EgaV1, pool: Pool, served: Audit, judged: Audit, mode: PriceMode, trial_bids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Best utility of every audited ad over trial bids and the bid that gives it, [B, J] each: prices as served, CTRs as judged."""
     bidding = try_bids(pool, served, trial_bids)
     clicks = try_bids(pool, judged, trial_bids).ctr
+    utility = (judged.bid[:, :, None] - trial_prices(network, pool, served, bidding, mode)) * clicks
+    at = utility.argmax(-1)[..., None]
+    return np.take_along_axis(utility, at, -1)[..., 0], np.take_along_axis(trial_bids, at, -1)[..., 0]
+
+
+def trial_prices(network: EgaV1, pool: Pool, served: Audit, bidding: Bidding, mode: PriceMode) -> np.ndarray:
+    """Price per click of trial bids, [B, J, T]."""
     if mode == "critical":
-        price = bidding.critical
-    elif mode == "first_price":
-        price = bidding.bid
-    elif mode == "learned":
+        return bidding.critical
+    if mode == "first_price":
+        return bidding.bid
+    if mode == "learned":
         with torch.no_grad():
-            price = learned_prices(network, pool, served, bidding).double().numpy()
-    else:
-        price = _gsp_at(pool, served, bidding.bid, bidding.slot)
-    return ((judged.bid[:, :, None] - price) * clicks).max(-1)
+            return learned_prices(network, pool, served, bidding).double().numpy()
+    return _gsp_at(pool, served, bidding.bid, bidding.slot)
 
 
-def _gsp_at(pool: Pool, pages: Pages, trial_bids: np.ndarray, slot: np.ndarray) -> np.ndarray:
-    """GSP price of ad i after a misreport: the next score on its new page over its own pCTR, capped by its bid."""
+def _gsp_at(pool: Pool, pages: Audit, trial_bids: np.ndarray, slot: np.ndarray) -> np.ndarray:
+    """GSP price of an ad after a misreport: the next score on its new page over its own pCTR, capped by its bid."""
     q, bids = torch.sigmoid(pool.click).double().numpy(), pool.bid.double().numpy()
-    batch, slots = pages.pages.shape
-    scores = q * bids
+    batch, ads, slots = pages.theta.shape
+    scores = q * bids * pool.allowed.numpy()
     flat = np.maximum(pages.moved, 0).reshape(batch, -1)
     on_page = np.take_along_axis(scores, flat, 1).reshape(pages.moved.shape) * (pages.moved >= 0)
     # Next score down the page; below the last slot the best ad that is on none of it.
-    follow = np.zeros((batch, slots, slots))
-    follow[:, :, :-1] = np.einsum("bill->bil", on_page[:, :, :-1, 1:])
-    for i in range(slots):
+    follow = np.zeros((batch, ads, slots))
+    follow[:, :, :-1] = np.einsum("bjll->bjl", on_page[:, :, :-1, 1:])
+    for j in range(ads):
         rest = scores.copy()
-        np.put_along_axis(rest, np.maximum(pages.moved[:, i, -1], 0), 0.0, 1)
-        follow[:, i, -1] = rest.max(1)
+        last = pages.moved[:, j, -1]
+        request, place = np.nonzero(last >= 0)
+        rest[request, last[request, place]] = 0.0
+        follow[:, j, -1] = rest.max(1)
     at = np.maximum(slot, 0)
     next_score = np.take_along_axis(follow, at, 2)
     own = np.maximum(pages.set_ctr, 1e-12)[:, :, None]

@@ -134,6 +134,38 @@ def test_thresholds_predict_the_slot_on_100_000_triples(ties):
     assert mismatches == 0
 
 
+@pytest.mark.parametrize("ties", [False, True])
+def test_pages_with_a_loser_equal_a_rerun(ties):
+    """A loser that bids between two of its thresholds gets that slot, on the page that `pages_with` says."""
+    rng = np.random.default_rng(11)
+    b, n, k = 300, 9, 4
+    pctr, bids, affinity, slopes = draw(rng, n, k, ties, (b,))
+    eligible = rng.random((b, n)) < 0.7
+    eligible[:5, 3:] = False  # pages with empty slots
+    keys = auction.tie_keys(np.arange(n))
+    pages = batch.greedy_pages(pctr, bids, affinity, slopes, k, eligible, keys)
+    theta = batch.critical_bids_of_all(pctr, bids, affinity, slopes, pages, eligible, keys, barred=np.zeros((b, n), bool))
+    shown = (pages[:, :, None] == np.arange(n)).any(axis=1)
+    losers = np.argsort(np.where(shown, 2.0, rng.random((b, n))), axis=1)[:, :3]
+    losers = np.where(np.take_along_axis(shown, losers, axis=1), -1, losers)
+    found = batch.pages_with(pctr, bids, affinity, slopes, pages, losers, eligible, keys)
+    compared = 0
+    for request, j, slot in np.argwhere(found[..., 0] >= 0):
+        ad = losers[request, j]
+        low, high = theta[request, ad, slot], np.inf if slot == 0 else theta[request, ad, slot - 1]
+        bid = max(low, 0.0) + (1.0 if np.isinf(high) else 0.5 * (high - max(low, 0.0)))
+        if not low + 1e-6 < bid < high - 1e-6:
+            continue  # no bid wins this slot
+        lied, present = bids[request : request + 1].copy(), eligible[request : request + 1].copy()
+        lied[0, ad], present[0, ad] = bid, True
+        again = batch.greedy_pages(pctr[request : request + 1], lied, affinity[request : request + 1], slopes[request : request + 1], k, present, keys)[0]
+        np.testing.assert_array_equal(found[request, j, slot], again)
+        compared += 1
+    assert compared > 500
+    with pytest.raises(auction.AuctionInputError, match="must not be on the page"):
+        batch.pages_with(pctr, bids, affinity, slopes, pages, pages[:, :1], eligible, keys)
+
+
 @pytest.mark.parametrize("kind", ["position", "cascade"])
 def test_no_misreport_gains_on_a_200_point_grid(kind):
     """With position-only and cascade CTR the greedy page with critical prices is exactly truthful, for winners and losers."""

@@ -128,11 +128,24 @@ BETTER = GateConfig(minimum_lift=0.0)
 NOT_MEASURED = [float("nan"), float("inf"), float("-inf"), None, "0.01", "x' or True or 'x", [0.01], True, np.nan]
 
 
+HONEST = {"psi_exact_model": 0.0, "psi_exact": 0.0, "psi_loser_model": 0.0, "psi_loser": 0.0}
+
+
+@pytest.mark.parametrize("which", sorted(HONEST))
 @pytest.mark.parametrize("value", [*NOT_MEASURED, -0.001, -5.0, 0.0301, 1e9])
-def test_ic_gate_passes_nothing_but_a_small_measured_psi(value: Any) -> None:
-    gate = ic_gate(value, 0.0, "critical", GATES)
-    assert ic_gate(0.0, value, "critical", GateConfig(psi_limit_independent=0.03)).approved is False, "the independent evaluator has its own limit"
+def test_ic_gate_passes_nothing_but_a_small_measured_psi(value: Any, which: str) -> None:
+    gate = ic_gate({**HONEST, which: value}, "critical", GateConfig(psi_limit_independent=0.03))
     assert gate.approved is False and gate.reason
+    assert ic_gate({name: zero for name, zero in HONEST.items() if name != which}, "critical", GATES).approved is False
+
+
+def test_ic_gate_says_how_one_would_gain() -> None:
+    worst = {"request_id": 7, "ad_id": 12, "slot": 2, "value": 1.5, "best_bid": 0.9, "utility": 0.1, "gain": 0.02}
+    gate = ic_gate({**HONEST, "psi_exact_model": 0.05, "shading_share": 0.9, "worst": worst}, "gsp", GATES)
+    assert not gate.approved
+    for part in ("90 % of it by shading", "ad 12 in slot 2 of request 7", "1.5", "0.9", "0.02", "by overbidding: 0.00 %"):
+        assert part in gate.reason
+    assert "80 % of it by overbidding" in ic_gate({**HONEST, "shading_share": 0.2, "worst": worst}, "learned", GATES).reason
 
 
 @pytest.mark.parametrize("value", [*NOT_MEASURED, -0.001, 0.2001])
@@ -142,7 +155,7 @@ def test_calibration_gate_passes_nothing_but_a_small_measured_dev(value: Any) ->
 
 def test_gates_pass_what_is_good() -> None:
     for value in (0.0, 0.03, np.float64(0.01)):
-        gate = ic_gate(value, 0.0, "learned", GATES)
+        gate = ic_gate({**HONEST, "psi_exact_model": value}, "learned", GATES)
         assert gate.approved is True and gate.value == value and "learned" in gate.reason
     assert calibration_gate(0.02, GATES).approved is True
 
@@ -192,7 +205,7 @@ def test_revenue_gate_refuses_what_cannot_be_compared(both: pd.DataFrame) -> Non
      (0.01, float("nan"), 1.0, "critical"), (0.01, 1.0, 0.0, "critical"), (0.01, 1.0, float("nan"), "critical")],
 )  # fmt: skip
 def test_learned_prices_must_earn_their_place(psi: float, learned: float, critical: float, mode: str) -> None:
-    metrics = {"psi": {"learned": {"psi_exact_model": psi}}, "policies": {"ega_v1/learned": {"erpm": learned}, "ega_v1/critical": {"erpm": critical}}}
+    metrics = {"psi": {"learned": {**HONEST, "psi_exact_model": psi}}, "policies": {"ega_v1/learned": {"erpm": learned}, "ega_v1/critical": {"erpm": critical}}}
     assert choose_price_mode(metrics, GATES) == mode
 
 
@@ -263,11 +276,16 @@ def test_pages_of_a_replay_are_valid(market: SimpleNamespace) -> None:
 
 def test_critical_prices_are_honest_and_gsp_is_not(market: SimpleNamespace) -> None:
     """The evaluators agree and read no page yet, so critical pricing is exactly truthful; first prices leave winners no utility to divide by."""
-    psi = {mode: value["psi_exact"] for mode, value in market.result.metrics["psi"].items()}
+    measured = market.result.metrics["psi"]
+    psi = {mode: value["psi_exact"] for mode, value in measured.items()}
     assert 0 <= psi["critical"] < 1e-3
     assert psi["gsp"] > 0.01 and psi["learned"] > 0.01
-    assert not psi["first_price"] <= GATES.psi_limit and not ic_gate(psi["first_price"], psi["first_price"], "first_price", GATES).approved
-    assert market.result.metrics["psi"]["gsp"]["psi_paper"] > 0
+    assert not psi["first_price"] <= GATES.psi_limit and not ic_gate(measured["first_price"], "first_price", GATES).approved
+    assert measured["gsp"]["psi_paper"] > 0
+    for judge in ("psi_loser", "psi_loser_model"):
+        assert measured["critical"][judge] == 0.0  # every threshold of a loser exceeds its value
+        assert measured["gsp"][judge] > 0  # the next score on a page with affinities may be below the loser's own
+    assert measured["gsp"]["worst"]["gain"] > 0 and 0 <= measured["gsp"]["shading_share"] <= 1
 
 
 def test_another_evaluator_shows_regret_that_the_own_does_not(market: SimpleNamespace) -> None:
@@ -295,19 +313,21 @@ def test_an_incumbent_that_is_the_candidate_earns_the_same(market: SimpleNamespa
 
 def test_gsp_prices_of_misreports_equal_a_rerun(market: SimpleNamespace) -> None:
     network = tiny_network(noise=0.5)
-    pool = random_pool(network, requests=4, ads=9, padded=False, reserve=0.0)
+    pool = random_pool(network, requests=4, ads=9, padded=False, reserve=1.2)
     pages = allocate(network, pool, learned=False)
-    q, bids = torch.sigmoid(pool.click).double().numpy(), pool.bid.double().numpy()
+    q, bids, reserve = torch.sigmoid(pool.click).double().numpy(), pool.bid.double().numpy(), pool.reserve.double().numpy()
+    assert not pool.allowed.all()
     np.testing.assert_allclose(_gsp_at(pool, pages, pages.bid[:, :, None], np.broadcast_to(np.arange(5), (4, 5))[:, :, None])[..., 0], prices(network, pool, pages, "gsp"), rtol=1e-6)
     for b, i, factor in ((b, i, factor) for b in range(4) for i in range(5) for factor in (0.4, 0.8, 1.5)):
         ad, changed = pages.pages[b, i], bids[b].copy()
         changed[ad] *= factor
-        page = auction.greedy_allocation(q[b], changed, 0.0, 1.0, 5, changed > 0)
+        eligible = changed >= reserve[b]
+        page = auction.greedy_allocation(q[b], changed, 0.0, 1.0, 5, eligible)
         place = np.flatnonzero(page == ad)
         if len(place):
             trial = np.full((4, 5, 1), changed[ad])
             mine = _gsp_at(pool, pages, trial, np.full((4, 5, 1), place[0]))[b, i, 0]
-            assert mine == pytest.approx(auction.gsp_prices(q[b], changed, page)[place[0]], rel=1e-6)
+            assert mine == pytest.approx(auction.gsp_prices(q[b], changed, page, reserve[b], eligible=eligible)[place[0]], rel=1e-6)
 
 
 def test_no_test_days_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from samples_fixture import tiny_samples
 import auction
 from auction.critical import reachable_slots, step_prices
 from marketplace import schema
-from model.ega_v1.mechanism import allocate, others_bids, page_logits, step_prices_everywhere, truthful, try_bids
+from model.ega_v1.mechanism import Audit, allocate, audit_losers, others_bids, page_logits, step_prices_everywhere, truthful, try_bids
 from model.training import loop
 from model.training.data import Samples, epoch_order
 from model.training.loop import Device, LoopConfig, run_stage
@@ -577,14 +577,19 @@ def test_step_prices_everywhere_equal_the_auctions() -> None:
     assert compared > 800
 
 
+@pytest.mark.parametrize("who", ["displayed", "losers"])
 @pytest.mark.parametrize(("seed", "slots"), [(0, 5), (1, 5), (2, 3), (3, 1)])
-def test_trial_bids_give_what_a_rerun_auction_gives(seed: int, slots: int) -> None:
+def test_trial_bids_give_what_a_rerun_auction_gives(seed: int, slots: int, who: str) -> None:
     """Slots, click rates, rivals and truthful prices of misreports from thresholds alone, against the auction run again."""
     network = tiny_network(seed=seed, noise=0.7)
     pool = random_pool(network, requests=4, ads=11, seed=seed)
-    pages = allocate(network, pool, slots=slots)
+    served = allocate(network, pool, slots=slots)
+    pages: Audit = served
     rng = np.random.default_rng(seed)
-    trial = pages.bid[..., None] * rng.uniform(0.1, 3.0, (*pages.bid.shape, 6))
+    if who == "losers":
+        pages = audit_losers(network, pool, served, 4, (network.evaluator,))[0]
+        assert (pages.pages >= 0).sum() > 8 and not (pages.pages[:, :, None] == served.pages[:, None]).any(where=(pages.pages >= 0)[..., None])
+    trial = pages.bid[..., None] * rng.uniform(0.1, 3.0 if who == "displayed" else 40.0, (*pages.bid.shape, 6))
     bidding = try_bids(pool, pages, trial)
     with torch.no_grad():
         affinity, slopes = (x[..., :slots].double().numpy() for x in network.generator(pool.h, pool.mask, pool.user))
@@ -617,7 +622,7 @@ def test_trial_bids_give_what_a_rerun_auction_gives(seed: int, slots: int) -> No
         assert bidding.critical[b, i, t] == pytest.approx(pricing.critical_price[place[0]], rel=1e-4)
         assert bidding.margin[b, i, t] == pytest.approx(bids[ad] - max(pricing.theta[place[0], place[0]], 0.0), rel=1e-6)
         np.testing.assert_allclose(bidding.others[b, i, t], bids[np.delete(page, place[0])], rtol=1e-12)
-    assert won > trial.size // 4
+    assert won > trial.size // (4 if who == "displayed" else 10)
 
 
 def test_truthful_bidding_is_the_page_itself() -> None:
