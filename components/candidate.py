@@ -15,7 +15,7 @@ from model.bundle import BundleError, load_bundle, signing_key, verify_bundle
 from model.ega_v1.network import NetworkConfig
 from model.evaluation.evaluate import bundle_candidate, evaluate_candidate, finite_only
 from model.evaluation.gates import GateConfig
-from model.evaluation.plots import calibration_svg, page, price_scatter_svg, roc_curve, roc_svg, table
+from model.evaluation.plots import calibration_svg, lies_svg, page, price_scatter_svg, roc_curve, roc_svg, table
 from model.evaluation.replay import EvaluationConfig, Incumbent
 from model.training.stages import TrainingConfig
 
@@ -173,6 +173,7 @@ def candidate_sections(run_dir: Path, truth: dict[str, Any] | None = None) -> li
         ("What each stage moved", table(("stage", "measure", "on", "before", "after", "improved"), moved)),
         ("Policies on the test days, by the evaluation evaluator", table(("policy / prices", "eCTR % per request", "eRPM per 1000 requests", "95 % interval", "bid value per 1000"), policies)),
         ("Incentive compatibility", PSI_NOTE + table(("prices", *(f"{kind}, {judge}" for judge in ("pricing evaluator", "evaluation evaluator") for kind in ("displayed", "losers", "paper's grid")), ""), psi)),
+        ("Gain from lying against the own bid: four displayed ads", lies_svg(data, mode) if len(data["lie_ad"]) else "<p>no ad was displayed</p>"),
         ("Ranking and calibration", table(("measure", "value"), ranking)),
         ("Calibration on exposed test ads", calibration_svg(data["exposed_click"], data["exposed_pctr"])),
         ("ROC on exposed test ads", roc_svg(data["exposed_click"], data["exposed_pctr"])),

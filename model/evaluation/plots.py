@@ -145,6 +145,29 @@ def calibration_svg(labels: np.ndarray, scores: np.ndarray, bins: int = 10) -> s
     return _svg(figure)
 
 
+def lies_svg(data: dict[str, np.ndarray], charged: str) -> str:
+    """What a few displayed ads would gain over bidding their value, against the bid, under the prices charged and two others."""
+    ads = len(data["lie_ad"])
+    figure, panels = plt.subplots(1, ads, figsize=(3.1 * ads, 3.0), squeeze=False)
+    colours = {"critical": "#0a7a3d", "learned": "#2f6db5", "gsp": "#b5622f"}
+    for row, axes in enumerate(panels[0]):
+        for mode, colour in colours.items():
+            axes.plot(data["lie_bid"][row], data[f"lie_{mode}"][row], color=colour, lw=2.2 if mode == charged else 1.2, label=mode)
+        axes.axvline(data["lie_value"][row], color="#888", ls=":", lw=1)
+        axes.axhline(0.0, color="#888", lw=0.6)
+        near = np.abs(data["lie_bid"][row] - data["lie_value"][row]) <= 0.5 * data["lie_value"][row]
+        best, scale = (max(float(reduce(data[f"lie_{mode}"][row][near])) for mode in colours) for reduce in (np.max, np.ptp))
+        axes.set_ylim(best - 1.1 * max(scale, 1e-9), best + 0.1 * max(scale, 1e-9))  # far from the truth losses are of no interest
+        axes.set_title(f"ad {int(data['lie_ad'][row])}, slot {int(data['lie_slot'][row])}", fontsize=9)
+        axes.set_xlabel("bid (dotted: the truth)", fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel("gain over the truth, per request", fontsize=8)
+    panels[0][-1].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    return _svg(figure)
+
+
 def price_scatter_svg(critical: np.ndarray, charged: np.ndarray, most: int = 2000) -> str:
     """Learned price against the truthful one, a sample of displayed ads."""
     pick = np.unique(np.linspace(0, len(critical) - 1, min(most, len(critical))).astype(int))

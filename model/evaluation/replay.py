@@ -51,7 +51,7 @@ class Replay:
     pages: pd.DataFrame
     """policy, request_id, slot, ad_id, bid, payment, pctr; one row a displayed ad."""
     plots: dict[str, np.ndarray]
-    """exposed_click, exposed_pctr (calibration, ROC); learned, critical, bid of displayed ads (scatter)."""
+    """exposed_click, exposed_pctr (calibration, ROC); learned, critical, bid of displayed ads (scatter); lie_* (see `_lies`)."""
 
 
 POLICIES = ("ega_v1", "separable")
@@ -81,6 +81,7 @@ def replay(network: EgaV1, samples: Samples, config: EvaluationConfig, incumbent
     exposed: dict[str, list[np.ndarray]] = {name: [] for name in ("click", "set", "evaluator", "evaluation")}
     scatter: dict[str, list[np.ndarray]] = {"learned": [], "critical": [], "bid": []}
     recalls: list[np.ndarray] = []
+    lies: dict[str, np.ndarray] = {}
     for pool in _pools(network, samples, rows, config):
         recalls.append(_recall(pool, samples, config.recall_at))
         logged, frame = _logged(network, pool, samples, exposed)
@@ -104,6 +105,7 @@ def replay(network: EgaV1, samples: Samples, config: EvaluationConfig, incumbent
                 for name in PRICE_MODES:
                     regret["evaluation"][name].add_losers(network, pool, near, near_judged, name, config.misreport_points)
                     regret["model"][name].add_losers(network, pool, near, near, name, config.misreport_points)
+                lies = lies or _lies(network, pool, samples, served)
                 shown = served.pages >= 0
                 unit = pool.unit[:, None]
                 for key, value in (("learned", prices(network, pool, served, "learned")), ("critical", served.critical), ("bid", served.bid)):
@@ -133,7 +135,7 @@ def replay(network: EgaV1, samples: Samples, config: EvaluationConfig, incumbent
             for name, value in regret["evaluation"].items()
         },
     }  # fmt: skip
-    plots = {"exposed_click": y, "exposed_pctr": q, **{name: np.concatenate(value) for name, value in scatter.items()}}
+    plots = {"exposed_click": y, "exposed_pctr": q, **{name: np.concatenate(value) for name, value in scatter.items()}, **lies}
     return Replay(metrics, per_request, pd.concat(pages, ignore_index=True), plots)
 
 
@@ -317,6 +319,35 @@ def _best(network: EgaV1, pool: Pool, served: Audit, judged: Audit, mode: PriceM
     utility = (judged.bid[:, :, None] - trial_prices(network, pool, served, bidding, mode)) * clicks
     at = utility.argmax(-1)[..., None]
     return np.take_along_axis(utility, at, -1)[..., 0], np.take_along_axis(trial_bids, at, -1)[..., 0]
+
+
+LIES, LIARS = 81, 4
+"""Bids tried, from 0 to twice the value, and ads shown, in the plot of gains against the own bid."""
+
+
+def _lies(network: EgaV1, pool: Pool, samples: Samples, served: Pages) -> dict[str, np.ndarray]:
+    """What a few displayed ads would gain over bidding their value, for bids from 0 to twice the value, by the evaluator that prices.
+
+    lie_bid [A, LIES] and lie_value [A] in currency per click, lie_ad and lie_slot [A], lie_<price mode> [A, LIES] in currency per request.
+    The ads: spread over the slots and the requests of the pool, each only once.
+    """
+    request, slot = np.nonzero(served.pages >= 0)
+    ads = pool.ad_rows[request, served.pages[request, slot]]
+    _, first = np.unique(ads, return_index=True)
+    first = np.sort(first)
+    pick = first[np.unique(np.linspace(0, len(first) - 1, LIARS).astype(int))] if len(first) else first
+    request, slot = request[pick], slot[pick]
+    trial = served.bid[:, :, None] * np.linspace(0.0, 2.0, LIES)
+    bidding = try_bids(pool, served, trial)
+    unit = pool.unit[request]
+    result = {
+        "lie_bid": trial[request, slot] * unit[:, None], "lie_value": served.bid[request, slot] * unit,
+        "lie_ad": np.asarray(samples.ad_id)[ads[pick]], "lie_slot": slot + 1,
+    }  # fmt: skip
+    for mode in PRICE_MODES:
+        utility = ((served.bid[:, :, None] - trial_prices(network, pool, served, bidding, mode)) * bidding.ctr)[request, slot] * unit[:, None]
+        result[f"lie_{mode}"] = utility - utility[:, LIES // 2 : LIES // 2 + 1]
+    return result
 
 
 def trial_prices(network: EgaV1, pool: Pool, served: Audit, bidding: Bidding, mode: PriceMode) -> np.ndarray:

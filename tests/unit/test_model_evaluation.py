@@ -24,7 +24,7 @@ from model.evaluation import plots
 from model.evaluation.evaluate import bundle_candidate, evaluate_candidate, finite_only
 from model.evaluation.gates import GateConfig, calibration_gate, choose_price_mode, ic_gate, judge, revenue_gate
 from model.evaluation.metrics import auc, deviation, log_loss, mean_and_interval, recall_at
-from model.evaluation.replay import EvaluationConfig, Incumbent, _gsp_at, positions_of, replay
+from model.evaluation.replay import LIES, EvaluationConfig, Incumbent, _gsp_at, positions_of, replay
 from model.training.data import Samples
 from model.training.run import STAGES, train_stage
 from model.training.stages import build_network
@@ -282,10 +282,21 @@ def test_critical_prices_are_honest_and_gsp_is_not(market: SimpleNamespace) -> N
     assert psi["gsp"] > 0.01 and psi["learned"] > 0.01
     assert not psi["first_price"] <= GATES.psi_limit and not ic_gate(measured["first_price"], "first_price", GATES).approved
     assert measured["gsp"]["psi_paper"] > 0
-    for judge in ("psi_loser", "psi_loser_model"):
-        assert measured["critical"][judge] == 0.0  # every threshold of a loser exceeds its value
-        assert measured["gsp"][judge] > 0  # the next score on a page with affinities may be below the loser's own
+    for which in ("psi_loser", "psi_loser_model"):
+        assert measured["critical"][which] == 0.0  # every threshold of a loser exceeds its value
+        assert measured["gsp"][which] > 0  # the next score on a page with affinities may be below the loser's own
     assert measured["gsp"]["worst"]["gain"] > 0 and 0 <= measured["gsp"]["shading_share"] <= 1
+
+
+def test_lies_of_a_few_ads_peak_at_the_truth_under_critical_prices(market: SimpleNamespace) -> None:
+    lies = {name: market.result.plots[f"lie_{name}"] for name in ("bid", "value", "ad", "slot", *PRICE_MODES)}
+    assert lies["bid"].shape == lies["critical"].shape == (4, LIES) and len(set(lies["ad"])) == 4
+    at_truth = np.argmin(np.abs(lies["bid"] - lies["value"][:, None]), axis=1)
+    np.testing.assert_allclose(lies["bid"][np.arange(4), at_truth], lies["value"])
+    for mode in PRICE_MODES:
+        np.testing.assert_allclose(lies[mode][np.arange(4), at_truth], 0.0, atol=1e-9)  # gain over the truth
+    assert lies["critical"].max() < 1e-6 * lies["value"].max() < lies["gsp"].max()
+    assert "<svg" in plots.lies_svg(market.result.plots, "critical")
 
 
 def test_another_evaluator_shows_regret_that_the_own_does_not(market: SimpleNamespace) -> None:
