@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from auction.checks import AuctionInputError, Bools, Floats, Ints, as_floats, as_mask, round_down
-from auction.classic import second_price
+from auction.classic import position_prices, second_price
 from auction.critical import reachable_slots, step_prices
 from auction.shortlist import Shortlist, as_affinity, as_slopes, build_shortlist, critical_bids_of, positions_of, run_greedy, to_rows
 from auction.ties import quantise
@@ -63,6 +63,20 @@ def gsp_prices(pctr_at_page: Any, bids_at_page: Any, runner_up_score: Any, reser
     # The score that follows the last real ad of a padded page is 0: were an ad excluded, it would stand in the empty slot.
     following = np.concatenate([scores[:, 1:], excluded[:, None]], axis=1)
     return round_down(second_price(following, pctr, bids, floor), currency_step, floor, bids)
+
+
+def vcg_prices(following: Any, slot_clicks: Any, pctr_at_page: Any, bids_at_page: Any, reserve: Any = 0.0) -> Floats:
+    """VCG prices per click for clicks pCTR * slot_clicks (auction.classic.vcg_prices), [B, K]; 0 where padded.
+
+    Args: following [B, K], pCTR * bid of the ad below each slot (below the last: of the best ad not shown; 0: none); slot_clicks [K], not
+    rising; pctr_at_page, bids_at_page [B, K], 0 where padded; reserve scalar or [B, K].
+    """
+    pctr = as_floats("pctr_at_page", pctr_at_page, (None, None), 0.0, 1.0)
+    bids = as_floats("bids_at_page", bids_at_page, pctr.shape, 0.0)
+    floor = as_floats("reserve", np.broadcast_to(np.asarray(reserve, dtype=np.float64), pctr.shape), pctr.shape, 0.0)
+    scores = as_floats("following", following, pctr.shape, 0.0)
+    alpha = as_floats("slot_clicks", slot_clicks, pctr.shape[1:], 0.0)
+    return second_price(position_prices(scores, alpha), pctr, bids, floor)
 
 
 def runner_up_scores(pctr: Any, bids: Any, pages: Any, eligible: Any = None) -> Floats:

@@ -66,7 +66,7 @@ def vcg_position_prices(bids: Any, slot_ctr: Any) -> Floats:
     alpha = _slot_clicks(slot_ctr)
     following = np.zeros(len(alpha))
     following[: max(0, min(len(alpha), len(sorted_bids) - 1))] = sorted_bids[1 : len(alpha) + 1]
-    return np.minimum(_position_prices(following, alpha), np.append(sorted_bids, np.zeros(len(alpha)))[: len(alpha)])
+    return np.minimum(position_prices(following, alpha), np.append(sorted_bids, np.zeros(len(alpha)))[: len(alpha)])
 
 
 def _slot_clicks(slot_ctr: Any) -> Floats:
@@ -76,9 +76,9 @@ def _slot_clicks(slot_ctr: Any) -> Floats:
     return alpha
 
 
-def _position_prices(following: Floats, alpha: Floats) -> Floats:
-    """p_k = sum over l >= k of following_l * (alpha_l - alpha_{l+1}) / alpha_k."""
-    owed = np.cumsum((following * (alpha - np.append(alpha[1:], 0.0)))[::-1])[::-1]
+def position_prices(following: Floats, alpha: Floats) -> Floats:
+    """p_k = sum over l >= k of following_l * (alpha_l - alpha_{l+1}) / alpha_k. following [..., K], alpha [K] not rising -> [..., K]."""
+    owed = np.cumsum((following * (alpha - np.append(alpha[1:], 0.0)))[..., ::-1], axis=-1)[..., ::-1]
     return np.where(alpha > 0.0, owed / np.where(alpha > 0.0, alpha, 1.0), 0.0)
 
 
@@ -97,7 +97,7 @@ def vcg_prices(pctr: Any, bids: Any, page: Any, slot_ctr: Any, reserve: Any = 0.
     # Slots below the page go to excluded ads; their offers end with the best one, as only K' slots are sold.
     alpha = alpha[: len(page_K)]
     following = np.append((pctr_N * bids_N)[page_K[1:]], best_excluded_score(pctr_N, bids_N, page_K, reserve_N, eligible))
-    price = second_price(_position_prices(following, alpha), pctr_N[page_K], bids_N[page_K], reserve_N[page_K])
+    price = second_price(position_prices(following, alpha), pctr_N[page_K], bids_N[page_K], reserve_N[page_K])
     return round_down(price, currency_step, reserve_N[page_K], bids_N[page_K])
 
 

@@ -86,6 +86,27 @@ def step_prices(theta: Floats, ctr: Floats, reachable: Bools, own_slot: Ints, re
     return price, np.asarray((counted & (clicks < hull * (1.0 - 1e-12))).any(axis=-1), dtype=np.bool_)
 
 
+def step_prices_everywhere(theta: Floats, ctr: Floats, reserve: Floats) -> Floats:
+    """Truthful price per click of every ad in every slot it can reach, [..., K]: `step_prices` for each own slot at once.
+
+    Args: theta, ctr [..., K]; reserve [...]. A slot with an empty interval of bids carries no weight; inf where never reached.
+    """
+    slots = theta.shape[-1]
+    level = np.maximum(theta, reserve[..., None])
+    result = np.full(theta.shape, np.inf)
+    spent = np.zeros(theta.shape[:-1])
+    below = np.zeros(theta.shape[:-1])
+    for slot in range(slots - 1, -1, -1):
+        upper = np.full(theta.shape[:-1], np.inf) if slot == 0 else theta[..., slot - 1]
+        reachable = np.isfinite(level[..., slot]) & (level[..., slot] < upper)
+        x = np.maximum(ctr[..., slot], below)
+        spent = np.where(reachable, spent + np.where(reachable, level[..., slot], 0.0) * (x - below), spent)
+        below = np.where(reachable, x, below)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            result[..., slot] = np.where(reachable & (x > 0), spent / x, np.inf)
+    return result
+
+
 def _page_clicks(page_ctr: PageCtr, pages: Ints, page_ctr_batch: Callable[[Ints], Any] | None) -> Floats:
     """CTRs of P pages of equal length, [P, K']."""
     values = page_ctr_batch(pages) if page_ctr_batch is not None else [page_ctr(page) for page in pages]

@@ -148,6 +148,7 @@ class Model:
                     "rank_ctr": float(page.set_pctr[slot]), "next_score": float(page.next_score[slot]), "currency_step": self._currency_step,
                     "theta": [max(float(value), 0.0) if value < np.inf else None for value in page.theta[slot]],
                     "slot_ctr": [float(value) for value in page.slot_ctr[slot]],
+                    "scores_below": [float(value) for value in page.scores_below[slot]], "slot_clicks": [float(value) for value in page.slot_clicks],
                     "network_price": None if page.network_price is None else float(page.network_price[slot]),
                     "runner_up": int(ads.ad_id[page.runner_up[slot]]) if page.runner_up[slot] >= 0 else None, "repaired": bool(page.repaired[slot]),
                     "affinity": [float(value) for value in page.affinity[slot]], "slope": [float(value) for value in page.slope[slot]], "tied": bool(page.tied[slot]),

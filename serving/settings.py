@@ -20,7 +20,7 @@ TOKEN_VARIABLE = "EGA_SERVING_TOKEN"  # noqa: S105 - the name of a variable, not
 STARTUP_ERROR_VARIABLE = "EGA_SERVING_STARTUP_ERROR"
 """Names a file in which a worker that cannot start says why; set by serving.launch."""
 
-PriceMode = Literal["critical", "learned", "gsp", "first_price"]
+PriceMode = Literal["critical", "learned", "gsp", "vcg", "first_price"]
 
 _CONFIG = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 

@@ -14,7 +14,7 @@ from auction.invariants import check_prices
 from auction.receipt import charge
 from auction.ties import tie_keys
 from model.bundle import Bundle
-from model.ega_v1.mechanism import PRICE_MODES, Pool, PriceMode, allocate, prices
+from model.ega_v1.mechanism import PRICE_MODES, Pool, PriceMode, allocate, prices, slot_clicks
 from model.ega_v1.network import PAGE_COLUMNS, Batch
 
 
@@ -53,6 +53,10 @@ class RankedPage:
     """[K', K] evaluator's click probability of the ad in every slot, on the page that would then be shown."""
     next_score: np.ndarray
     """Set-aware pCTR * bid of the next ad, currency: what GSP divides by the own `set_pctr`."""
+    scores_below: list[list[float]]
+    """Per ad, from its slot to the last: set-aware pCTR * bid of the ad below, at last of the best not shown; 0: none."""
+    slot_clicks: np.ndarray
+    """[K] what clicks are worth in each slot, for VCG."""
     runner_up: np.ndarray
     """Row of the ad that takes the slot if its ad leaves; -1 if none."""
     affinity: np.ndarray
@@ -144,15 +148,17 @@ class RankingEngine:
         theta, slot_ctr = pages.theta[0][kept] * unit, pages.ctr_moved[0][kept]
         next_score, set_pctr = pages.next_score[0][kept] * unit, pages.set_ctr[0][kept]
         network_price = np.clip(prices(self.network, pool, pages, mode)[0][kept] * unit, reserve, bid) if mode == "learned" else None
+        clicks = slot_clicks(self.network, wanted)
+        below = [list(next_score[slot:]) + [0.0] * (wanted - len(next_score)) for slot in range(len(rows))]
         # Charged by the very function that replays receipts, from the numbers that the receipt will hold.
         charges = [
             charge(mode, slot + 1, bid[slot], reserve[slot], list(theta[slot]), slot_ctr[slot], set_pctr[slot], next_score[slot],
-                   None if network_price is None else float(network_price[slot]), currency_step)
+                   None if network_price is None else float(network_price[slot]), currency_step, below[slot], clicks)
             for slot in range(len(rows))
         ]  # fmt: skip
         page = RankedPage(
             rows, pages.ctr[0][kept], set_pctr, np.array([c.price for c in charges]), np.array([c.critical for c in charges], np.float64), theta, slot_ctr,
-            next_score, pages.runner_up[0][kept], pages.affinity[0][kept], pages.slope[0][kept] / unit, pages.tied[0][kept], network_price,
+            next_score, below, clicks, pages.runner_up[0][kept], pages.affinity[0][kept], pages.slope[0][kept] / unit, pages.tied[0][kept], network_price,
             pages.repaired[0][kept], mode,
         )  # fmt: skip
         check_prices(page.rows, page.price, bid, bid, reserve, len(city.ad_ids), wanted)

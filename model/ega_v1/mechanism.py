@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from auction import batch as auctions
+from auction.critical import step_prices_everywhere
 from auction.ties import quantise
 from model.ega_v1.network import EgaV1, Evaluator
 from model.layers import take
 
-PriceMode = Literal["critical", "learned", "gsp", "first_price"]
-PRICE_MODES: tuple[PriceMode, ...] = ("critical", "learned", "gsp", "first_price")
+PriceMode = Literal["critical", "learned", "gsp", "vcg", "first_price"]
+PRICE_MODES: tuple[PriceMode, ...] = ("critical", "learned", "gsp", "vcg", "first_price")
 
 
 @dataclass
@@ -214,28 +215,6 @@ def own_slot_scores(value_BN: np.ndarray, affinity_BNK: np.ndarray, slopes_BNK: 
     return slopes_BNK[request, rows, slot] * value_BN[request, rows] + affinity_BNK[request, rows, slot]
 
 
-def step_prices_everywhere(theta: np.ndarray, ctr: np.ndarray, reserve: np.ndarray) -> np.ndarray:
-    """Truthful price per click [B, K, K] of every ad in every slot it can reach (Myerson's identity, AUCTION.md).
-
-    p_l = (1/x_l) sum over reachable j >= l of max(theta_j, reserve) (x_j - x_{next}); the CTRs are made non-increasing in
-    the slot first (monotone hull). A slot with an empty interval of bids carries no weight. inf where never reached.
-    """
-    slots = theta.shape[-1]
-    level = np.maximum(theta, reserve[..., None])
-    result = np.full(theta.shape, np.inf)
-    spent = np.zeros(theta.shape[:-1])
-    below = np.zeros(theta.shape[:-1])
-    for slot in range(slots - 1, -1, -1):
-        upper = np.full(theta.shape[:-1], np.inf) if slot == 0 else theta[..., slot - 1]
-        reachable = np.isfinite(level[..., slot]) & (level[..., slot] < upper)
-        x = np.maximum(ctr[..., slot], below)
-        spent = np.where(reachable, spent + np.where(reachable, level[..., slot], 0.0) * (x - below), spent)
-        below = np.where(reachable, x, below)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            result[..., slot] = np.where(reachable & (x > 0), spent / x, np.inf)
-    return result
-
-
 def others_bids(page_bids: np.ndarray, slot: np.ndarray) -> np.ndarray:
     """b_{-i}: page bids [..., K] without the entry at `slot` [...], in page order, [..., K-1]."""
     index = np.arange(page_bids.shape[-1] - 1)
@@ -304,12 +283,24 @@ def learned_prices(network: EgaV1, pool: Pool, pages: Audit, bidding: Bidding) -
 
 
 @torch.no_grad()
+def slot_clicks(network: EgaV1, slots: int) -> np.ndarray:
+    """[slots] what a click-through rate is worth in each slot, 1 in the first and not rising: the slot's term of pre-training.
+
+    VCG needs clicks that are separable, pCTR times this; they are not, which is why `critical` prices and `vcg` is for comparison.
+    """
+    alpha = torch.exp(network.slot_logits()[:slots].double()).numpy()
+    return np.minimum.accumulate(alpha / alpha[0])
+
+
+@torch.no_grad()
 def prices(network: EgaV1, pool: Pool, pages: Pages, mode: PriceMode) -> np.ndarray:
     """Price per click of every displayed ad, [B, K], in [0, bid]; 0 in empty slots."""
     if mode == "critical":
         value = pages.critical
     elif mode == "gsp":
         value = pages.gsp
+    elif mode == "vcg":
+        value = auctions.vcg_prices(pages.next_score, slot_clicks(network, pages.pages.shape[1]), pages.set_ctr, pages.bid, pages.reserve)
     elif mode == "first_price":
         value = pages.bid
     elif mode == "learned":

@@ -15,8 +15,23 @@ import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as config_dataclass
 
+from auction.classic import position_prices, second_price
 from marketplace import schema
-from model.ega_v1.mechanism import PRICE_MODES, Audit, Bidding, Pages, Pool, PriceMode, allocate, audit_losers, learned_prices, page_logits, prices, try_bids
+from model.ega_v1.mechanism import (
+    PRICE_MODES,
+    Audit,
+    Bidding,
+    Pages,
+    Pool,
+    PriceMode,
+    allocate,
+    audit_losers,
+    learned_prices,
+    page_logits,
+    prices,
+    slot_clicks,
+    try_bids,
+)
 from model.ega_v1.network import EgaV1
 from model.evaluation.metrics import auc, deviation, log_loss, mean_and_interval, recall_at
 from model.training.data import Samples
@@ -359,26 +374,28 @@ def trial_prices(network: EgaV1, pool: Pool, served: Audit, bidding: Bidding, mo
     if mode == "learned":
         with torch.no_grad():
             return learned_prices(network, pool, served, bidding).double().numpy()
-    return _gsp_at(pool, served, bidding.bid, bidding.slot)
+    at = np.maximum(bidding.slot, 0)
+    below = scores_below(pool, served)
+    if mode == "vcg":
+        owed = position_prices(below, slot_clicks(network, below.shape[-1]))
+    elif mode == "gsp":
+        owed = below
+    else:
+        raise ValueError(f"price mode {mode!r} is unknown; use one of {', '.join(PRICE_MODES)}")
+    owed_at = np.take_along_axis(np.einsum("bjll->bjl", owed), at, 2)
+    return second_price(owed_at, np.maximum(served.set_ctr, 1e-12)[:, :, None], bidding.bid, served.reserve[:, :, None])
 
 
-def _gsp_at(pool: Pool, pages: Audit, trial_bids: np.ndarray, slot: np.ndarray) -> np.ndarray:
-    """GSP price of an ad after a misreport: the next score on its new page over its own pCTR, capped by its bid."""
-    q, bids = torch.sigmoid(pool.click).double().numpy(), pool.bid.double().numpy()
+def scores_below(pool: Pool, pages: Audit) -> np.ndarray:
+    """pCTR * bid of the ad below every slot of every counterfactual page, [B, J, K, K]; below the last: of the best ad that is on none of it."""
+    scores = torch.sigmoid(pool.click).double().numpy() * pool.bid.double().numpy() * pool.allowed.numpy()
     batch, ads, slots = pages.theta.shape
-    scores = q * bids * pool.allowed.numpy()
-    flat = np.maximum(pages.moved, 0).reshape(batch, -1)
-    on_page = np.take_along_axis(scores, flat, 1).reshape(pages.moved.shape) * (pages.moved >= 0)
-    # Next score down the page; below the last slot the best ad that is on none of it.
-    follow = np.zeros((batch, ads, slots))
-    follow[:, :, :-1] = np.einsum("bjll->bjl", on_page[:, :, :-1, 1:])
-    for j in range(ads):
-        rest = scores.copy()
-        last = pages.moved[:, j, -1]
-        request, place = np.nonzero(last >= 0)
-        rest[request, last[request, place]] = 0.0
-        follow[:, j, -1] = rest.max(1)
-    at = np.maximum(slot, 0)
-    next_score = np.take_along_axis(follow, at, 2)
-    own = np.maximum(pages.set_ctr, 1e-12)[:, :, None]
-    return np.minimum(np.maximum(next_score / own, pages.reserve[:, :, None]), trial_bids)
+    flat = pages.moved.reshape(batch, ads * slots, slots)
+    below = np.zeros(flat.shape)
+    for page in range(ads * slots):
+        shown, rest = flat[:, page], scores.copy()
+        request, place = np.nonzero(shown >= 0)
+        below[request, page, place] = scores[request, shown[request, place]]
+        rest[request, shown[request, place]] = 0.0
+        below[:, page] = np.concatenate([below[:, page, 1:], rest.max(1)[:, None]], 1)
+    return below.reshape(batch, ads, slots, slots)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_tiny import NETWORK, tiny_network
 
-from model.ega_v1.mechanism import step_prices_everywhere
+from auction.critical import step_prices_everywhere
 from model.ega_v1.network import PaymentNetwork, allocation_scores
 from model.layers import ClusterAttention, ClusterBlock, Dice
 

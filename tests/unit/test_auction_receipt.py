@@ -26,9 +26,10 @@ def test_golden_prices() -> None:
     assert truthful_price([0.0, 0.0], [0.2, 0.1], 1, 0.7, 5.0) == pytest.approx(0.7)  # nobody competes: the reserve
 
 
-@pytest.mark.parametrize(("mode", "price"), [("critical", 4.32), ("gsp", 3.0), ("first_price", 5.0), ("learned", 4.44)])
+@pytest.mark.parametrize(("mode", "price"), [("critical", 4.32), ("gsp", 3.0), ("vcg", 1.95), ("first_price", 5.0), ("learned", 4.44)])
 def test_every_mode_charges_what_it_says_rounded_down(mode: str, price: float) -> None:
-    receipt = {**GOLDEN, "mode": mode, "network_price": 4.4499, "price": price, "critical_price": replay(GOLDEN).critical}
+    # VCG: (0.3 * (1 - 0.5) + 0.09 * 0.5) / 1 / 0.1 = 1.95
+    receipt = {**GOLDEN, "mode": mode, "network_price": 4.4499, "scores_below": [0.3, 0.09], "slot_clicks": [1.0, 0.5], "price": price, "critical_price": replay(GOLDEN).critical}
     again = replay(json.loads(json.dumps(receipt)))
     assert again.price == price <= again.exact + 1e-12
     assert difference(receipt) is None
@@ -48,7 +49,8 @@ def test_a_missing_field_is_named(name: str) -> None:
         ({"slot": 0}, "slot"), ({"slot": True}, "slot"), ({"slot": 3}, "theta"), ({"bid": float("nan")}, "bid"), ({"paced_bid": 6.0}, "paced_bid <= bid"),
         ({"reserve": -1}, "reserve"), ({"theta": [1.0]}, "equally long"), ({"slot_ctr": [None, 0.1]}, "slot_ctr"), ({"slot_ctr": "x"}, "slot_ctr"),
         ({"network_price": float("inf")}, "network_price"), ({"mode": "cheap"}, "cheap"), ({"mode": "learned"}, "learned"), ({"theta": None}, "critical"),
-        ({"currency_step": "0.01"}, "currency_step"),
+        ({"currency_step": "0.01"}, "currency_step"), ({"mode": "vcg"}, "vcg"), ({"scores_below": [-1.0]}, "scores_below"), ({"slot_clicks": "x"}, "slot_clicks"),
+        ({"scores_below": [0.3], "slot_clicks": [1.0, 0.5]}, "each slot from 1 on"), ({"scores_below": [0.3, 0.1], "slot_clicks": [0.5, 1.0]}, "must not rise"),
     ],
 )  # fmt: skip
 def test_what_a_receipt_may_not_hold(change: dict[str, Any], named: str) -> None:
@@ -57,8 +59,8 @@ def test_what_a_receipt_may_not_hold(change: dict[str, Any], named: str) -> None
 
 
 def test_charges_stay_between_reserve_and_paced_bid() -> None:
-    for mode in ("critical", "gsp", "first_price", "learned"):
-        found = charge(mode, 1, 2.0, 1.995, [4.5, 4.2], [1.0, 0.6], 0.1, 9.0, 5.0, 0.01)
+    for mode in ("critical", "gsp", "vcg", "first_price", "learned"):
+        found = charge(mode, 1, 2.0, 1.995, [4.5, 4.2], [1.0, 0.6], 0.1, 9.0, 5.0, 0.01, [9.0, 1.0], [1.0, 0.5])
         assert 1.995 <= found.price <= 2.0  # a reserve that is no whole step is charged as it stands
 
 

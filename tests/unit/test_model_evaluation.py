@@ -19,12 +19,12 @@ from scipy.stats import mannwhitneyu
 import auction
 from marketplace import schema
 from model.bundle import load_bundle, sha256_of
-from model.ega_v1.mechanism import PRICE_MODES, allocate, prices
+from model.ega_v1.mechanism import PRICE_MODES, Audit, allocate, audit_losers, prices, slot_clicks, truthful, try_bids
 from model.evaluation import plots
 from model.evaluation.evaluate import bundle_candidate, evaluate_candidate, finite_only
 from model.evaluation.gates import GateConfig, calibration_gate, choose_price_mode, ic_gate, judge, revenue_gate
 from model.evaluation.metrics import auc, deviation, log_loss, mean_and_interval, recall_at
-from model.evaluation.replay import LIES, EvaluationConfig, Incumbent, _gsp_at, positions_of, replay
+from model.evaluation.replay import LIES, EvaluationConfig, Incumbent, positions_of, replay, trial_prices
 from model.training.data import Samples
 from model.training.run import STAGES, train_stage
 from model.training.stages import build_network
@@ -322,23 +322,38 @@ def test_an_incumbent_that_is_the_candidate_earns_the_same(market: SimpleNamespa
     assert np.isfinite(other.per_request["revenue"]).all() and other.metrics["policies"]["incumbent"]["erpm"] > 0
 
 
-def test_gsp_prices_of_misreports_equal_a_rerun(market: SimpleNamespace) -> None:
+@pytest.mark.parametrize("who", ["displayed", "losers"])
+def test_gsp_and_vcg_prices_of_misreports_equal_a_rerun(who: str) -> None:
     network = tiny_network(noise=0.5)
+    network.generator.add.weight.data.zero_()
+    network.generator.add.bias.data.zero_()
     pool = random_pool(network, requests=4, ads=9, padded=False, reserve=1.2)
-    pages = allocate(network, pool, learned=False)
+    served = allocate(network, pool)
     q, bids, reserve = torch.sigmoid(pool.click).double().numpy(), pool.bid.double().numpy(), pool.reserve.double().numpy()
+    affinity, slopes = (x.detach().double().numpy() for x in network.generator(pool.h, pool.mask, pool.user))
     assert not pool.allowed.all()
-    np.testing.assert_allclose(_gsp_at(pool, pages, pages.bid[:, :, None], np.broadcast_to(np.arange(5), (4, 5))[:, :, None])[..., 0], prices(network, pool, pages, "gsp"), rtol=1e-6)
-    for b, i, factor in ((b, i, factor) for b in range(4) for i in range(5) for factor in (0.4, 0.8, 1.5)):
-        ad, changed = pages.pages[b, i], bids[b].copy()
-        changed[ad] *= factor
+    pages: Audit = served if who == "displayed" else audit_losers(network, pool, served, 3, (network.evaluator,))[0]
+    alpha = slot_clicks(network, 5)
+    assert alpha[0] == 1.0 and (np.diff(alpha) <= 0).all() and alpha[-1] > 0
+    played = truthful(pool, served)
+    for mode in ("gsp", "vcg"):
+        np.testing.assert_allclose(trial_prices(network, pool, served, played, mode)[..., 0], prices(network, pool, served, mode), rtol=1e-6)
+    trial = pages.bid[:, :, None] * np.array([0.4, 0.8, 1.5, 4.0, 20.0])
+    bidding = try_bids(pool, pages, trial)
+    mine = {mode: trial_prices(network, pool, pages, bidding, mode) for mode in ("gsp", "vcg")}
+    compared = 0
+    for b, j, t in np.ndindex(trial.shape):
+        ad, changed = pages.pages[b, j], bids[b].copy()
+        if ad < 0 or bidding.slot[b, j, t] < 0:
+            continue
+        changed[ad] = trial[b, j, t]
         eligible = changed >= reserve[b]
-        page = auction.greedy_allocation(q[b], changed, 0.0, 1.0, 5, eligible)
-        place = np.flatnonzero(page == ad)
-        if len(place):
-            trial = np.full((4, 5, 1), changed[ad])
-            mine = _gsp_at(pool, pages, trial, np.full((4, 5, 1), place[0]))[b, i, 0]
-            assert mine == pytest.approx(auction.gsp_prices(q[b], changed, page, reserve[b], eligible=eligible)[place[0]], rel=1e-6)
+        page = auction.greedy_allocation(q[b], changed, affinity[b], slopes[b], 5, eligible)
+        place = int(np.flatnonzero(page == ad)[0])
+        assert mine["gsp"][b, j, t] == pytest.approx(auction.gsp_prices(q[b], changed, page, reserve[b], eligible=eligible)[place], rel=1e-6)
+        assert mine["vcg"][b, j, t] == pytest.approx(auction.vcg_prices(q[b], changed, page, alpha, reserve[b], eligible=eligible)[place], rel=1e-6)
+        compared += 1
+    assert compared > 20
 
 
 def test_no_test_days_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from samples_fixture import tiny_samples
 
 import auction
-from auction.critical import reachable_slots, step_prices
+from auction.critical import reachable_slots, step_prices, step_prices_everywhere
 from marketplace import schema
-from model.ega_v1.mechanism import Audit, allocate, audit_losers, others_bids, page_logits, step_prices_everywhere, truthful, try_bids
+from model.ega_v1.mechanism import Audit, allocate, audit_losers, others_bids, page_logits, truthful, try_bids
 from model.training import loop
 from model.training.data import Samples, epoch_order
 from model.training.loop import Device, LoopConfig, run_stage
