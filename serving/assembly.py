@@ -8,6 +8,7 @@ from features.store import check_store, load_catalogue, open_store, read_snapsho
 from model.bundle import signing_key
 from serving.catalogue import split_by_city
 from serving.event_log import EventLog
+from serving.pacing import read_budgets
 from serving.policies import Bootstrap, Model, Policy
 from serving.ranking import Ranking
 from serving.settings import ServingConfig
@@ -29,11 +30,12 @@ def assemble(config: ServingConfig) -> Ranking:
         read_user(store, 0, length)  # the first read opens connections and caches; it may take longer than the deadline
         users = UserReader(lambda user_id: read_user(store, user_id, length), config.feature_deadline_ms / 1e3)
     cities = split_by_city(load_catalogue(config.home))
-    return Ranking(config, cities, policies, users, EventLog(config.event_log, config.events_synchronous))
+    budgets = read_budgets(config.budgets) if config.budgets else {}
+    return Ranking(config, cities, policies, users, EventLog(config.event_log, config.events_synchronous, budgets))
 
 
 def _model(config: ServingConfig, behaviours: int) -> Model:
     key = signing_key(config.key_home)
     entry = approved(config.home, config.model_tag, key) if config.model_tag else newest_approved(config.home, key)
     default = entry.price_mode if config.price_mode == "auto" else config.price_mode
-    return Model(entry.folder, key, default, entry.price_mode == "learned", behaviours, config.torch_threads, config.currency_step)
+    return Model(entry.folder, key, default, entry.price_mode == "learned", behaviours, config.torch_threads, config.currency_step, config.quality_floor)

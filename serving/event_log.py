@@ -11,7 +11,7 @@ import hashlib
 import json
 import sqlite3
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,8 +24,8 @@ import pandas as pd
 from marketplace.logs import write_manifest, write_table
 from marketplace.schema import ACTION_CLICK, ACTION_PURCHASE, BEHAVIOURS, IMPRESSIONS, REQUESTS, Table
 
-SCHEMA_VERSION = 1
-"""`user_version` of the database; other versions are refused."""
+SCHEMA_VERSION = 2
+"""`user_version` of the database; 1 lacked `billing` and is brought up when it is opened; other versions are refused."""
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS request (
@@ -39,12 +39,22 @@ CREATE TABLE IF NOT EXISTS impression (
   creative_id INTEGER NOT NULL, poi_id INTEGER NOT NULL, category_id INTEGER NOT NULL, latitude REAL NOT NULL, longitude REAL NOT NULL,
   bid REAL NOT NULL, payment REAL NOT NULL, pctr REAL NOT NULL, propensity REAL NOT NULL, receipt TEXT NOT NULL,
   PRIMARY KEY (request_id, slot)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS billing (
+  request_id INTEGER NOT NULL, slot INTEGER NOT NULL, billed REAL NOT NULL, PRIMARY KEY (request_id, slot)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS event (
   request_id INTEGER NOT NULL, slot INTEGER NOT NULL, type TEXT NOT NULL, time_us INTEGER NOT NULL, received_us INTEGER NOT NULL,
   order_value REAL NOT NULL, PRIMARY KEY (request_id, slot, type)) WITHOUT ROWID;
 """
 
-_PURCHASE = "purchase"
+# `billing` holds the few clicks that cost less than the impression's payment, because a budget ended: 0 to payment, currency.
+_SPENT = """
+SELECT i.ad_id, SUM(COALESCE(b.billed, i.payment)) FROM event e JOIN impression i ON i.request_id = e.request_id AND i.slot = e.slot
+LEFT JOIN billing b ON b.request_id = e.request_id AND b.slot = e.slot
+WHERE e.type = 'click' AND e.time_us >= ? AND e.time_us < ? GROUP BY i.ad_id
+"""
+_DAY_US = 86_400_000_000
+
+_CLICK, _PURCHASE = "click", "purchase"
 _LOCK_WAIT_SECONDS = 3.0
 """Longest wait for another writer of the file before a page is refused."""
 
@@ -133,7 +143,7 @@ def _connect(path: Path, synchronous: str) -> sqlite3.Connection:
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute(f"PRAGMA synchronous={synchronous}")
         version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version not in (0, SCHEMA_VERSION):
+        if version not in (0, 1, SCHEMA_VERSION):
             raise EventLogError(f"{path} has format {version}, this release writes {SCHEMA_VERSION}; move it away or export it with its own release")
         connection.executescript(f"BEGIN IMMEDIATE;{_TABLES}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
     except sqlite3.DatabaseError as error:
@@ -148,8 +158,11 @@ def _connect(path: Path, synchronous: str) -> sqlite3.Connection:
 class EventLog:
     """Writer of one process; several processes may write the same file. Safe to call from several threads."""
 
-    def __init__(self, path: Path, synchronous: Literal["full", "normal"] = "full") -> None:
+    def __init__(self, path: Path, synchronous: Literal["full", "normal"] = "full", budgets: Mapping[int, float] | None = None) -> None:
+        """`budgets`: most that the clicks of an ad may cost in a UTC day, currency, by ad id; a click beyond is free."""
         self.path = Path(path)
+        self.budgets = dict(budgets or {})
+        self._spent: dict[int, dict[int, float]] = {}
         self._lock = threading.Lock()
         self._connection = _connect(self.path, synchronous.upper())
 
@@ -192,17 +205,43 @@ class EventLog:
             self._connection.execute(f"INSERT INTO request VALUES ({','.join('?' * 17)})", request)
             self._connection.executemany(f"INSERT INTO impression VALUES ({','.join('?' * 15)})", impressions)
 
+    def spent_since(self, midnight: datetime) -> dict[int, float]:
+        """What each ad with a budget was charged for the clicks of the UTC day that begins then, currency."""
+        with self._lock:
+            return dict(self._spent_on(microseconds(midnight) // _DAY_US))
+
+    def _spent_on(self, day: int) -> dict[int, float]:
+        """Spend by ad of a day since 1970, read once and then kept up by this process; only ads with a budget."""
+        if day not in self._spent:
+            rows = self._connection.execute(_SPENT, (day * _DAY_US, (day + 1) * _DAY_US)).fetchall()
+            self._spent[day] = {ad: spent for ad, spent in rows if ad in self.budgets}
+        return self._spent[day]
+
+    def _bill(self, request_id: int, slot: int, ad_id: int, payment: float, time_us: int) -> None:
+        """Charge a click against the day's budget; what the budget does not hold is not charged."""
+        spent = self._spent_on(time_us // _DAY_US)
+        billed = min(payment, max(self.budgets[ad_id] - spent.get(ad_id, 0.0), 0.0))
+        if billed < payment:
+            self._connection.execute("INSERT OR REPLACE INTO billing VALUES (?,?,?)", (request_id, slot, billed))
+        spent[ad_id] = spent.get(ad_id, 0.0) + billed
+
     def write_events(self, events: Sequence[EventRecord], received: datetime) -> list[Outcome]:
         """Store events in one transaction; returns what became of each, in order. Repeats change nothing.
 
         An event before its impression (a client's clock) is moved to the impression's time.
         """
-        received_us = microseconds(received)
+        try:
+            return self._write_events(events, microseconds(received))
+        except BaseException:
+            self._spent.clear()  # what was billed in memory was rolled back on disk
+            raise
+
+    def _write_events(self, events: Sequence[EventRecord], received_us: int) -> list[Outcome]:
         outcomes: list[Outcome] = []
         with self._lock, _Transaction(self._connection):
             for event in events:
                 shown = self._connection.execute(
-                    "SELECT ad_id, time_us FROM impression WHERE request_id = ? AND slot = ?", (event.request_id, event.slot)
+                    "SELECT ad_id, time_us, payment FROM impression WHERE request_id = ? AND slot = ?", (event.request_id, event.slot)
                 ).fetchone()
                 if shown is None:
                     outcomes.append("unknown_impression")
@@ -211,9 +250,14 @@ class EventLog:
                 else:
                     time_us = max(shown[1], received_us if event.time is None else microseconds(event.time))
                     value = event.order_value if event.type == _PURCHASE else 0.0
+                    limited = event.type == _CLICK and shown[0] in self.budgets
+                    if limited:
+                        self._spent_on(time_us // _DAY_US)  # as it was before this click
                     written = self._connection.execute(
                         "INSERT OR IGNORE INTO event VALUES (?,?,?,?,?,?)", (event.request_id, event.slot, event.type, time_us, received_us, value)
                     ).rowcount
+                    if written and limited:
+                        self._bill(event.request_id, event.slot, shown[0], shown[2], time_us)
                     outcomes.append("accepted" if written else "duplicate")
         return outcomes
 
@@ -284,8 +328,9 @@ def read_service_facts(path: Path, since: datetime | None = None, until: datetim
 
 
 _JOINED = """
-SELECT i.*, c.time_us AS click_us, p.time_us AS purchase_us, p.order_value AS order_value
+SELECT i.*, c.time_us AS click_us, p.time_us AS purchase_us, p.order_value AS order_value, b.billed AS billed
 FROM impression i
+LEFT JOIN billing b ON b.request_id = i.request_id AND b.slot = i.slot
 LEFT JOIN event c ON c.request_id = i.request_id AND c.slot = i.slot AND c.type = 'click'
 LEFT JOIN event p ON p.request_id = i.request_id AND p.slot = i.slot AND p.type = 'purchase'
 WHERE {where} ORDER BY i.time_us, i.request_id, i.slot
@@ -293,12 +338,14 @@ WHERE {where} ORDER BY i.time_us, i.request_id, i.slot
 
 
 def read_impressions(path: Path, since: datetime | None = None, until: datetime | None = None) -> pd.DataFrame:
-    """IMPRESSIONS of the event log, with clicks and purchases joined. A purchase counts once its click is known."""
+    """IMPRESSIONS of the event log, with clicks and purchases joined. A purchase counts once its click is known; `payment` is what
+    the click was charged, less than its receipt says where a budget ended."""
     where, values = _window(since, until, "i.time_us")
     frame = _read(path, _JOINED.format(where=where), values)
     clicked = frame["click_us"].notna()
     bought = clicked & frame["purchase_us"].notna()
     frame["event_timestamp"] = _times(frame["time_us"])
+    frame["payment"] = frame["billed"].where(frame["billed"].notna(), frame["payment"]).astype(float)
     frame["click"] = clicked.astype(int)
     frame["click_timestamp"] = _times(frame["click_us"])
     frame["purchase"] = bought.astype(int)

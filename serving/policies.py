@@ -30,11 +30,14 @@ class Query:
     user: Any | None
     """features.store.UserFeatures, or None for the default user."""
     bids: np.ndarray
+    """What enters the auction: paced."""
     reserves: np.ndarray
     eligible: np.ndarray
     slots: int
     price_mode: str | None
     """Price rule asked for; None: the policy's default."""
+    offered: np.ndarray | None = None
+    """Bids before pacing; None: the same."""
 
 
 class Policy(Protocol):
@@ -79,7 +82,7 @@ class Model:
     reads_user = True
 
     def __init__(
-        self, folder: Path, key: bytes, default_mode: str, learned_allowed: bool, behaviours: int, threads: int, currency_step: float = 0.0
+        self, folder: Path, key: bytes, default_mode: str, learned_allowed: bool, behaviours: int, threads: int, currency_step: float = 0.0, quality_floor: float = 0.0
     ) -> None:
         """`folder`: a verified bundle; `behaviours`: L, length of the histories that the feature store keeps."""
         import torch
@@ -97,7 +100,7 @@ class Model:
         self._default_user = UserFeatures.unknown(behaviours)
         self._default_mode = default_mode
         self._learned_allowed = learned_allowed
-        self._currency_step = currency_step
+        self._currency_step, self._quality_floor = currency_step, quality_floor
         self._cities: dict[int, Any] = {}
         self._lock = threading.Lock()
 
@@ -120,7 +123,8 @@ class Model:
         latitude, longitude = np.array([query.latitude]), np.array([query.longitude])
         when, offset = np.array([microseconds(query.time)], np.int64), np.array([query.utc_offset_minutes], np.int64)
         encoded = encode_requests(self._vocabulary, user.profiles, user.histories, latitude, longitude, when, offset)
-        bids = np.where(query.eligible, query.bids, ads.bid)  # an override that takes no part must not move the scale of the others
+        offered = query.bids if query.offered is None else query.offered
+        unit = float(np.median(np.where(query.eligible, offered, ads.bid)))  # neither pacing nor an override that takes no part moves the scale of the others
         with self._lock:  # one page at a time on these cores; two would only share them
             page = self._engine.rank(
                 self._cities[ads.city_id],
@@ -128,12 +132,14 @@ class Model:
                 encoded["context_fields"][0],
                 encoded["behaviours"][0],
                 np.array([query.latitude, query.longitude], np.float32),
-                bids,
+                np.where(query.eligible, query.bids, ads.bid),
                 query.reserves,
                 query.eligible,
                 min(query.slots, self._engine.slots),
                 mode,
+                bid_unit=unit,
                 currency_step=self._currency_step,
+                quality_floor=self._quality_floor,
             )
         rows = np.asarray(page.rows, np.int64)
         return PricedPage(

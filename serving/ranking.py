@@ -21,6 +21,7 @@ from serving.errors import Refusal
 from serving.event_log import DuplicateRequest, EventLog, EventRecord, PageRecord, StoredAnswer
 from serving.invariants import PAGE_LAWS, PricedPage, broken_invariant, gsp_of_page
 from serving.messages import EventsRequest, EventsResponse, RankedAd, RankRequest, RankResponse, RejectedEvent
+from serving.pacing import Pacer
 from serving.policies import Bootstrap, Policy, Query
 from serving.settings import ServingConfig
 from serving.users import UserReader
@@ -66,6 +67,7 @@ class Ranking:
         self._fallback = Bootstrap(exploration=0.0, seed=config.seed, currency_step=config.currency_step)
         self._users = users
         self._log = log
+        self._pacer = Pacer(log.budgets, log.spent_since, config.pacing_interval_seconds) if log.budgets else None
         self._clock = clock
 
     def warm_up(self) -> None:
@@ -130,22 +132,43 @@ class Ranking:
             raise Refusal(422, "unknown_city", f"city {request.city_id} has no active ads here", "city_id")
         arm = assign_arm(request.user_id, self._config.salt, self._config.arms)
         policy = self._policies[arm]
-        bids, eligible = _market(ads, request)
+        time = _moment(request, received)
+        bids, offered, eligible = self._market(ads, request, time)
         user, degraded = None, []
         if policy.reads_user:
             with _stage("features"):
                 user, reason = self._users(request.user_id)
             degraded += [reason] if reason else []
         query = Query(
-            request_id=request_id, user_id=request.user_id, time=_moment(request, received), utc_offset_minutes=request.utc_offset_minutes,
+            request_id=request_id, user_id=request.user_id, time=time, utc_offset_minutes=request.utc_offset_minutes,
             latitude=request.latitude, longitude=request.longitude, user=user, bids=bids, reserves=ads.reserve, eligible=eligible,
-            slots=request.slots or self._config.default_slots, price_mode=request.price_mode,
+            slots=request.slots or self._config.default_slots, price_mode=request.price_mode, offered=offered,
         )  # fmt: skip
         with _stage("rank"):
             page, replaced = self._lawful_page(policy, ads, query)
         degraded += [replaced] if replaced else []
         version = self._fallback.version if replaced == PAGE_FALLBACK else policy.version
         return _record(request, query, ads, page, arm, version, degraded, received, identity, started)
+
+    def _market(self, ads: CityAds, request: RankRequest, time: datetime) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Paced bids, bids with the overrides, and who may be shown: in `candidates`, not in `exclude`, money left, paced bid at least the
+        reserve. All [A]."""
+        offered = ads.bid
+        if request.bids:
+            offered = ads.bid.copy()
+            offered[ads.rows_of([override.ad_id for override in request.bids], "bids")] = [override.bid for override in request.bids]
+        bids, eligible = offered, np.ones(len(offered), bool)
+        if self._pacer is not None:
+            multiplier, eligible = self._log_call(lambda: self._pacer.at(time, ads))  # type: ignore[union-attr]
+            bids = offered * multiplier
+        eligible &= bids >= ads.reserve
+        if request.candidates is not None:
+            named = np.zeros(len(bids), bool)
+            named[ads.rows_of(request.candidates, "candidates")] = True
+            eligible &= named
+        if request.exclude:
+            eligible[ads.rows_of(request.exclude, "exclude")] = False
+        return bids, offered, eligible
 
     def _lawful_page(self, policy: Policy, ads: CityAds, query: Query) -> tuple[PricedPage, str | None]:
         """The policy's page if it keeps every law; else its page at GSP prices, else the bootstrap page; and what was replaced."""
@@ -205,28 +228,13 @@ def _moment(request: RankRequest, received: datetime) -> datetime:
     return received if request.timestamp is None else request.timestamp  # type: ignore[return-value]
 
 
-def _market(ads: CityAds, request: RankRequest) -> tuple[np.ndarray, np.ndarray]:
-    """Bids with the overrides, and who may be shown: in `candidates`, not in `exclude`, bid at least the reserve. Both [A]."""
-    bids = ads.bid
-    if request.bids:
-        bids = ads.bid.copy()
-        bids[ads.rows_of([override.ad_id for override in request.bids], "bids")] = [override.bid for override in request.bids]
-    eligible = bids >= ads.reserve
-    if request.candidates is not None:
-        named = np.zeros(len(bids), bool)
-        named[ads.rows_of(request.candidates, "candidates")] = True
-        eligible &= named
-    if request.exclude:
-        eligible[ads.rows_of(request.exclude, "exclude")] = False
-    return bids, eligible
-
-
 def _record(
     request: RankRequest, query: Query, ads: CityAds, page: PricedPage, arm: str, version: str, degraded: list[str], received: datetime, identity: str, started: float
 ) -> PageRecord:
     rows = page.rows
+    offered = query.bids if query.offered is None else query.offered
     shown = [
-        RankedAd(slot=slot, ad_id=int(ads.ad_id[row]), creative_id=int(ads.creative_id[row]), price=float(price), pctr=float(pctr), bid=float(query.bids[row]))
+        RankedAd(slot=slot, ad_id=int(ads.ad_id[row]), creative_id=int(ads.creative_id[row]), price=float(price), pctr=float(pctr), bid=float(offered[row]))
         for slot, (row, price, pctr) in enumerate(zip(rows, page.price, page.pctr, strict=True), start=1)
     ]
     answer = RankResponse(
@@ -237,17 +245,17 @@ def _record(
         city_id=ads.city_id, latitude=query.latitude, longitude=query.longitude, utc_offset_minutes=query.utc_offset_minutes, slots=query.slots,
         arm=arm, model_version=version, price_mode=page.price_mode, degraded=tuple(degraded), latency_ms=(time.perf_counter() - started) * 1e3,
         answer=answer.model_dump(mode="json"), ad_id=ads.ad_id[rows], creative_id=ads.creative_id[rows], poi_id=ads.poi_id[rows],
-        category_id=ads.category_id[rows], ad_latitude=ads.latitude[rows], ad_longitude=ads.longitude[rows], bid=query.bids[rows],
-        payment=page.price, pctr=page.pctr, propensity=page.propensity, receipts=_receipts(query, ads, page, version),
+        category_id=ads.category_id[rows], ad_latitude=ads.latitude[rows], ad_longitude=ads.longitude[rows], bid=offered[rows],
+        payment=page.price, pctr=page.pctr, propensity=page.propensity, receipts=_receipts(query, offered, ads, page, version),
     )  # fmt: skip
 
 
-def _receipts(query: Query, ads: CityAds, page: PricedPage, version: str) -> list[dict[str, Any]]:
+def _receipts(query: Query, offered: np.ndarray, ads: CityAds, page: PricedPage, version: str) -> list[dict[str, Any]]:
     """Price receipt of every ad shown; `auction.receipt.replay` recomputes the charge from it alone."""
     return [
         {
             "request_id": query.request_id, "model_version": version, "catalogue_version": ads.version, "city_id": ads.city_id, "slot": slot,
-            "ad_id": int(ads.ad_id[row]), "bid": float(query.bids[row]), "paced_bid": float(query.bids[row]), "reserve": float(query.reserves[row]), "pctr": float(page.pctr[slot - 1]),
+            "ad_id": int(ads.ad_id[row]), "bid": float(offered[row]), "paced_bid": float(query.bids[row]), "reserve": float(query.reserves[row]), "pctr": float(page.pctr[slot - 1]),
             "propensity": float(page.propensity[slot - 1]), "mode": page.price_mode,
             "critical_price": float(page.critical_price[slot - 1]) if np.isfinite(page.critical_price[slot - 1]) else None,
             "price": float(page.price[slot - 1]), **(page.basis[slot - 1] if page.basis else {}),

@@ -65,6 +65,12 @@ class ServingConfig:
     """Experiment salt of the assignment hash; a new salt reshuffles the users."""
     price_mode: PriceMode | Literal["auto"] = "auto"
     """Price rule of the model arm; 'auto': 'learned' if the payment network passed its gate, else 'critical'."""
+    quality_floor: float = 0.0
+    """Least set-aware pCTR, in [0, 1), with which the model arm shows an ad; a filter on predicted clicks, never on bids."""
+    budgets: Path | None = None
+    """CSV file (ad_id, daily_budget in currency); ads not in it have no budget. Read once at start."""
+    pacing_interval_seconds: float = 60.0
+    """Time between two looks at what was spent today, on the clock of the requests' timestamps."""
     currency_step: float = 0.0001
     """Smallest unit of money; charges are rounded down to it. 0: not rounded."""
     default_slots: int = 5
@@ -118,6 +124,7 @@ class ServingConfig:
             "admission_limit",
             "feature_deadline_ms",
             "torch_threads",
+            "pacing_interval_seconds",
         ):
             value = getattr(self, name)
             if not 0 < value < float("inf"):
@@ -126,6 +133,8 @@ class ServingConfig:
             raise ValueError("body_budget_bytes must be at least body_limit_bytes")
         if not 0.0 <= self.currency_step < float("inf"):
             raise ValueError(f"currency_step must be finite and >= 0, got {self.currency_step}")
+        if not 0.0 <= self.quality_floor < 1.0:
+            raise ValueError(f"quality_floor must be in [0, 1), got {self.quality_floor}")
         if not 0.0 <= self.bootstrap_epsilon < 1.0:
             raise ValueError(f"bootstrap_epsilon must be in [0, 1), got {self.bootstrap_epsilon}")
         return self

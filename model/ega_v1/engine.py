@@ -108,6 +108,7 @@ class RankingEngine:
         price_mode: PriceMode | None = None,
         bid_unit: float | None = None,
         currency_step: float = 0.0,
+        quality_floor: float = 0.0,
     ) -> RankedPage:
         """The page for one request.
 
@@ -115,7 +116,7 @@ class RankingEngine:
         bids, reserves [N] currency per click; eligible [N] filters allocation only (all ads stay in the attention).
         A request for fewer slots than the model's K is an auction for the first slots only. `bid_unit` is the city's median bid;
         give the catalogue's when `bids` holds overrides, so that no bidder moves the unit by its own bid. Charges are rounded down to
-        `currency_step`; 0 charges the exact price.
+        `currency_step`; 0 charges the exact price. Ads whose set-aware pCTR is below `quality_floor` are not shown.
         """
         mode = price_mode or self.default_price_mode
         wanted = self.slots if slots is None else slots
@@ -136,11 +137,12 @@ class RankingEngine:
         h, user = self.network.encode_from(city.states, inputs)
         click, purchase = self.network.heads(h, user)
         scaled = np.asarray(bids, np.float64) / unit
+        shown = np.asarray(eligible, bool) & (torch.sigmoid(click[0]).double().numpy() >= quality_floor)
         pool = Pool(
             np.zeros(1, np.int64), h, city.ad_fields[..., PAGE_COLUMNS], user, click, purchase, torch.from_numpy(scaled).unsqueeze(0), torch.from_numpy(np.asarray(reserves, np.float64) / unit).unsqueeze(0),
             inputs.ad_mask, np.arange(len(city.ad_ids))[None], np.array([unit]),
         )  # fmt: skip
-        pages = allocate(self.network, pool, tie_key=city.tie_key, slots=wanted, eligible=np.asarray(eligible, bool)[None])
+        pages = allocate(self.network, pool, tie_key=city.tie_key, slots=wanted, eligible=shown[None])
         kept = pages.pages[0] >= 0
         rows = pages.pages[0][kept]
         bid = np.asarray(bids, np.float64)[rows]

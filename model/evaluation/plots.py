@@ -145,6 +145,17 @@ def calibration_svg(labels: np.ndarray, scores: np.ndarray, bins: int = 10) -> s
     return _svg(figure)
 
 
+def lines_svg(series: dict[str, list[float]], x: str, y: str) -> str:
+    """Named lines over their index."""
+    figure, axes = _axes()
+    for name, values in series.items():
+        axes.plot(values, label=name, lw=1.8)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.legend(frameon=False)
+    return _svg(figure)
+
+
 def lies_svg(data: dict[str, np.ndarray], charged: str) -> str:
     """What a few displayed ads would gain over bidding their value, against the bid, under the prices charged and two others."""
     ads = len(data["lie_ad"])

@@ -92,12 +92,12 @@ def replay(network: EgaV1, samples: Samples, config: EvaluationConfig, incumbent
     network.eval()
     requests: list[pd.DataFrame] = []
     pages: list[pd.DataFrame] = []
-    regret = {judge: {name: _Regret() for name in PRICE_MODES} for judge in ("evaluation", "model")}
+    regret = {judge: {name: RegretOfRule() for name in PRICE_MODES} for judge in ("evaluation", "model")}
     exposed: dict[str, list[np.ndarray]] = {name: [] for name in ("click", "set", "evaluator", "evaluation")}
     scatter: dict[str, list[np.ndarray]] = {"learned": [], "critical": [], "bid": []}
     recalls: list[np.ndarray] = []
     lies: dict[str, np.ndarray] = {}
-    for pool in _pools(network, samples, rows, config):
+    for pool in pools_of(network, samples, rows, config):
         recalls.append(_recall(pool, samples, config.recall_at))
         logged, frame = _logged(network, pool, samples, exposed)
         requests.append(frame)
@@ -159,7 +159,8 @@ def _with_users(values: np.ndarray, users: np.ndarray) -> tuple[np.ndarray, np.n
     return (values[kept], np.asarray(users)[kept]) if kept.any() else (np.array([np.nan]), np.array([0]))
 
 
-def _pools(network: EgaV1, samples: Samples, rows: np.ndarray, config: EvaluationConfig) -> Iterator[Pool]:
+def pools_of(network: EgaV1, samples: Samples, rows: np.ndarray, config: EvaluationConfig) -> Iterator[Pool]:
+    """Requests `rows` over the whole city, a batch at a time."""
     rows = np.sort(rows)
     for start in range(0, len(rows), config.batch):
         yield encode_city(network, samples, rows[start : start + config.batch], candidates=1 << 30, seed=0, batch=config.batch)
@@ -269,7 +270,7 @@ def _policy_table(per_request: pd.DataFrame) -> dict[str, dict[str, Any]]:
     return table
 
 
-class _Regret:
+class RegretOfRule:
     """Regret of one price mode: displayed ads' over their utility, the nearest losers' over the same, and how it is earned."""
 
     def __init__(self) -> None:

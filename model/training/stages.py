@@ -103,14 +103,23 @@ class PaymentConfig(LoopConfig):
     """Training requests used, newest first; 0: all."""
     validation_requests: int = Field(512, ge=1)
     """Validation requests used."""
+    schedule: Literal["lagrangian", "log_budget"] = "lagrangian"
+    """How regret is paid for: Eq. 24's multipliers with a quadratic penalty, or one multiplier that follows a shrinking budget of
+    regret over revenue on a log scale (Ivanov et al. 2022)."""
     rho: float = Field(5.0, gt=0)
     """rho, quadratic penalty and step of the multipliers."""
     multiplier: float = Field(2.0, ge=0)
     """lambda at the start, one a slot."""
+    budget: tuple[float, float] = (0.05, 0.001)
+    """Of log_budget: regret over revenue allowed at the first step and at the last, falling geometrically."""
     psi_target: float = Field(0.01, gt=0)
     """Regret over utility at which revenue starts to decide which weights are kept."""
     misreports: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 0.9, 1.1, 1.2, 1.5, 2.0)
     """gamma, bids tried as factors of the value; the regenerated page decides what they win."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.budget[1] <= self.budget[0]:
+            raise ValueError(f"payment budget {self.budget} must be (first, last) with 0 < last <= first")
 
 
 @config_dataclass(frozen=True, config=_STRICT)
@@ -554,8 +563,8 @@ def regret_of(price: Tensor, trial_price: Tensor, truth: Bidding, trials: Biddin
     return utility, torch.relu(other.max(-1).values - utility)
 
 
-def payment_loss(network: EgaV1, batch: Pool, config: PaymentConfig, multipliers: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """Eq. 24 on a batch; moves the multipliers lambda [K] by rho * regret.
+def payment_loss(network: EgaV1, batch: Pool, config: PaymentConfig, multipliers: Tensor, budget: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Eq. 24 on a batch; moves the multipliers lambda [K] by rho * regret, or by the schedule of log_budget, and `budget` [] with it.
 
     Amounts are divided by the batch's mean bid-weighted clicks a page, so rho and lambda mean the same in every market.
     """
@@ -567,8 +576,17 @@ def payment_loss(network: EgaV1, batch: Pool, config: PaymentConfig, multipliers
     scale = float((clicks * torch.from_numpy(pages.bid).float()).sum(1).mean())
     revenue = (price[..., 0] * clicks).sum(1).mean() / scale
     per_slot = regret.mean(0) * network.config.slots / scale
-    loss = -(revenue - (multipliers.clone() * per_slot).sum() / network.config.slots - config.rho / 2 * per_slot.square().mean())
-    multipliers.add_(config.rho * per_slot.detach())
+    loss = -(revenue - (multipliers.clone() * per_slot).sum() / network.config.slots)
+    with torch.no_grad():
+        if config.schedule == "lagrangian":
+            multipliers.add_(config.rho * per_slot)
+        else:
+            over = (per_slot.mean() / revenue.clamp(min=1e-9)).clamp(min=1e-6) / budget
+            multipliers.add_(0.1 * config.rho * torch.log(over)).clamp_(min=0.0)
+            first, last = config.budget
+            budget.mul_((last / first) ** (1 / max(config.steps, 1))).clamp_(min=last)
+    if config.schedule == "lagrangian":
+        loss = loss + config.rho / 2 * per_slot.square().mean()
     return loss, {"revenue": float(revenue.detach()), "regret": float(per_slot.detach().mean())}
 
 
@@ -578,16 +596,17 @@ def train_payment(network: EgaV1, samples: Samples, config: PaymentConfig, folde
     pool = encode_city(network, samples, newest(samples.split_rows(schema.TRAIN), config.requests), config.candidates, config.seed)
     check = encode_city(network, samples, newest(samples.split_rows(schema.VALIDATION), config.validation_requests), config.candidates, config.seed + 1)
     multipliers = torch.full((network.config.slots,), config.multiplier)
+    budget = torch.tensor(config.budget[0])
 
     def step(chosen: np.ndarray, noise: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        return payment_loss(network, pool.take(chosen), config, multipliers)
+        return payment_loss(network, pool.take(chosen), config, multipliers, budget)
 
     def validate() -> dict[str, float]:
         return payment_metrics(network, check, config)
 
     return run_stage(
         "payment", network, parameters, config, np.arange(len(pool.requests)), step, validate, folder, {**fingerprint, "config": asdict(config)}, device,
-        extra_state={"multipliers": multipliers},
+        extra_state={"multipliers": multipliers, "budget": budget},
     )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ def catalogue(ads: int = 60, seed: int = 1) -> pd.DataFrame:
     })  # fmt: skip
 
 
-def bootstrap_ranking(home: Path, **settings: object) -> Ranking:
+def bootstrap_ranking(home: Path, budgets: dict[int, float] | None = None, **settings: object) -> Ranking:
     """A warm Ranking with the bootstrap policy only, over `catalogue()`."""
     config = ServingConfig(home=home, arms=(Arm(name="control", policy="bootstrap"),), **settings)  # type: ignore[arg-type]
     ranking = Ranking(
@@ -49,7 +49,7 @@ def bootstrap_ranking(home: Path, **settings: object) -> Ranking:
         split_by_city(catalogue()),
         {"bootstrap": Bootstrap(config.bootstrap_epsilon, config.seed, config.currency_step)},
         UserReader(lambda user_id: None, 0.05),
-        EventLog(config.event_log),
+        EventLog(config.event_log, budgets=budgets),
         clock=lambda: NOW,
     )
     ranking.warm_up()
@@ -119,15 +119,16 @@ def vocabulary_of(ads: pd.DataFrame) -> dict:
     return Vocabulary.learn(tables | {"geo": [geo_cell(ads["latitude"].to_numpy(), ads["longitude"].to_numpy())]}).to_dict()
 
 
-def model_ranking(home: Path, user_of: object = None) -> Ranking:
+def model_ranking(home: Path, user_of: object = None, budgets: dict[int, float] | None = None, **settings: object) -> Ranking:
     """A warm Ranking with a tiny untrained model, without a feature store: users come from `user_of` (default: all unknown)."""
     from serving.policies import Model
 
     tiny_bundle(home / "bundle", vocabulary=vocabulary_of(catalogue()))
-    config = ServingConfig(home=home, arms=(Arm(name="ega", policy="model"),), events_synchronous="normal")
-    model = Model(home / "bundle", KEY, "critical", learned_allowed=True, behaviours=16, threads=1, currency_step=config.currency_step)
+    config = ServingConfig(home=home, arms=(Arm(name="ega", policy="model"),), events_synchronous="normal", **settings)  # type: ignore[arg-type]
+    floor = config.quality_floor
+    model = Model(home / "bundle", KEY, "critical", learned_allowed=True, behaviours=16, threads=1, currency_step=config.currency_step, quality_floor=floor)
     users = UserReader(user_of or (lambda user_id: None), 5.0)  # type: ignore[arg-type, return-value]
-    ranking = Ranking(config, split_by_city(catalogue()), {"model": model}, users, EventLog(config.event_log, "normal"), clock=lambda: NOW)
+    ranking = Ranking(config, split_by_city(catalogue()), {"model": model}, users, EventLog(config.event_log, "normal", budgets), clock=lambda: NOW)
     ranking.warm_up()
     return ranking
 

@@ -59,7 +59,7 @@ def test_the_bootstrap_arm_keeps_the_laws(ranking: Ranking, **market: object) ->
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(mode=st.sampled_from(["critical", "learned", "gsp", "first_price"]), **MARKETS)
+@given(mode=st.sampled_from(["critical", "learned", "gsp", "vcg", "first_price"]), **MARKETS)
 def test_the_model_arm_keeps_the_laws(model: Ranking, mode: str, **market: object) -> None:
     answer = check_laws(model, price_mode=mode, **market)
     assert answer["degraded"] == [users.UNKNOWN] and answer["price_mode"] == mode  # no fallback was needed
@@ -90,11 +90,11 @@ def test_the_model_arm_is_deterministic_and_leaves_receipts(model: Ranking) -> N
 
 def test_every_receipt_replays_to_its_charge(model: Ranking, ranking: Ranking) -> None:
     """All pages that the tests above had, under every mode: the receipt alone, through JSON, gives the charge to the bit."""
-    for mode in ("critical", "learned", "gsp", "first_price"):
+    for mode in ("critical", "learned", "gsp", "vcg", "first_price"):
         model.rank(ask(price_mode=mode, candidates=[1000, 1002, 1004]))  # fewer ads than slots
     ranking.rank(ask())
     receipts = [receipt for source in (model, ranking) for receipt in read_receipts(source._log.path)]
-    assert {receipt["mode"] for receipt in receipts} == {"critical", "learned", "gsp", "first_price"} and len(receipts) > 20
+    assert {receipt["mode"] for receipt in receipts} == {"critical", "learned", "gsp", "vcg", "first_price"} and len(receipts) > 20
     assert [difference(receipt) for receipt in receipts] == [None] * len(receipts)
     for receipt in receipts[-5:]:
         assert difference({**receipt, "price": receipt["price"] + 1e-4}) is not None

@@ -16,7 +16,7 @@ from model import layers
 from model.bundle import Bundle
 from model.ega_v1.engine import RankingEngine
 from model.ega_v1.mechanism import PRICE_MODES, allocate, learned_prices, page_logits, prices, truthful, try_bids
-from model.ega_v1.network import PAGE_COLUMNS, Batch, EgaV1, Evaluator, NetworkConfig, geo_prior
+from model.ega_v1.network import AD_COLUMNS, BEHAVIOUR_COLUMNS, PAGE_COLUMNS, Batch, EgaV1, Evaluator, NetworkConfig, cross_features, geo_prior
 from model.layers import Dice
 from model.training.data import Samples
 from model.training.stages import build_network, encode_city, greedy_page, newest, separable_scores
@@ -452,3 +452,25 @@ def test_trial_bids_below_the_reserve_win_nothing() -> None:
     assert (bidding.slot[..., :2] == -1).all() and (bidding.ctr[..., :2] == 0).all()
     # A huge bid takes the best slot that any bid can reach, never none.
     assert (bidding.slot[..., 2] >= 0)[pages.pages >= 0].all()
+
+
+def test_cross_features_equal_plain_counting() -> None:
+    batch = random_batch(requests=4, ads=9, behaviours=12, seed=3)
+    poi, category = (AD_COLUMNS.index(name) for name in ("poi", "category"))
+    batch.ad_fields[..., poi], batch.ad_fields[..., category] = batch.ad_fields[..., poi] % 5 + 1, batch.ad_fields[..., category] % 3 + 1
+    real = batch.behaviours[..., 0] != schema.PADDING
+    history = {name: batch.behaviours[..., BEHAVIOUR_COLUMNS.index(name)] for name in ("poi", "category", "action")}
+    history["poi"].copy_((history["poi"] % 5 + 1) * real)
+    history["category"].copy_((history["category"] % 3 + 1) * real)
+    history["action"].copy_(torch.where(torch.rand(real.shape) < 0.7, schema.ACTION_VISIT, schema.ACTION_CLICK) + schema.FIRST_CODE)
+    crosses = cross_features(batch.ad_fields, batch.behaviours, batch.ad_place, batch.request_place)
+    found = 0
+    for b, n in np.ndindex(4, 9):
+        for column, name, scale in ((0, "poi", 1.0), (1, "category", 2.0)):
+            wanted = batch.ad_fields[b, n, poi if name == "poi" else category]
+            count = sum(
+                bool(real[b, j]) and history[name][b, j] == wanted and history["action"][b, j] == schema.ACTION_VISIT + schema.FIRST_CODE for j in range(12)
+            )
+            assert float(crosses[b, n, column]) == pytest.approx(np.log1p(int(count)) / scale, rel=1e-6)
+            found += int(count)
+    assert found > 20

@@ -28,7 +28,7 @@ def test_payment_network_finds_the_optimal_auction() -> None:
     network = EgaV1(replace(NETWORK, slots=1), SIZES)
     config = PaymentConfig()
     optimiser = torch.optim.Adam(network.enter_stage("payment"), lr=3e-3)
-    multipliers = torch.full((1,), config.multiplier)
+    multipliers, budget = torch.full((1,), config.multiplier), torch.tensor(config.budget[0])
 
     def measure() -> tuple[float, float]:
         """Revenue a request, and mean exact regret: trial bids every 1/200 of the range and just above the threshold."""
@@ -44,7 +44,7 @@ def test_payment_network_finds_the_optimal_auction() -> None:
 
     assert measure()[1] > 0.01  # it starts above the truthful price, where shading pays
     for step in range(400):
-        loss, _ = payment_loss(network, market(128, step, network.config.width), config, multipliers)
+        loss, _ = payment_loss(network, market(128, step, network.config.width), config, multipliers, budget)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
