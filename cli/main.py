@@ -93,11 +93,12 @@ def serve(
     config: Config,
     host: Annotated[str, typer.Option(help="Address to bind; put a proxy in front before opening it.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = 3000,
+    settings: Annotated[Optional[Path], typer.Option(help="JSON file with settings of the service (budgets, quality_floor, price_mode, ...; docs/serving.md).")] = None,  # noqa: UP045
 ) -> None:
     """Serve the newest approved model of a configuration over HTTP."""
     from cli.run import serve_command
 
-    raise typer.Exit(_guarded(lambda: serve_command(config, host, port)))
+    raise typer.Exit(_guarded(lambda: serve_command(config, host, port, settings)))
 
 
 @app.command()

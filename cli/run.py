@@ -212,13 +212,14 @@ def _explain_failure(run_dir: Path, error: Exception) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def serve_command(config_path: Path, host: str, port: int) -> int:
-    """Serve the newest approved model of a configuration."""
+def serve_command(config_path: Path, host: str, port: int, settings: Path | None = None) -> int:
+    """Serve the newest approved model of a configuration; `settings`: JSON with any fields of ServingConfig but `home`."""
     from cli.serve import serve
     from pipelines.config import load_run_config
-    from serving.settings import ServingConfig
+    from serving.settings import ServingConfig, load_settings
 
-    return serve(ServingConfig(home=ega_home() / load_run_config(config_path).name), host, port)
+    home = ega_home() / load_run_config(config_path).name
+    return serve(load_settings(settings, home) if settings else ServingConfig(home=home), host, port)
 
 
 def _newest_run(name: str, runs: Path) -> Path:

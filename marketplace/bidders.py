@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 from auction import batch
+from auction.pacing import pace
 from auction.critical import step_prices_everywhere
 from marketplace.click_model import reading_probability
 
@@ -69,6 +70,10 @@ class Learned:
     """[T] per request."""
     welfare: np.ndarray
     """[T] value of the clicks per request."""
+    spent: np.ndarray
+    """[N] expected spend of all rounds together, currency."""
+    pacing: np.ndarray
+    """[N] pacing multiplier after the last round; 1 without a budget."""
 
     @property
     def mean_multiplier(self) -> np.ndarray:
@@ -123,33 +128,40 @@ def outcomes(market: BidderMarket, open_to: Chances, bids: np.ndarray, rule: Rul
 
 
 def learn(
-    market: BidderMarket, rule: Rule, rounds: int = 150, requests: int = 64, step: float = 0.2, start: float = 0.6, seed: int = 0, learns: np.ndarray | None = None
-) -> Learned:
+    market: BidderMarket, rule: Rule, rounds: int = 150, requests: int = 64, step: float = 0.2, start: float = 0.6, seed: int = 0, learns: np.ndarray | None = None,
+    budget: np.ndarray | None = None,
+) -> Learned:  # fmt: skip
     """Let bidders adapt for some rounds of `requests` random requests each.
 
     step: first relative change that a bidder tries; it falls with the square root of time. start: multiplier before the first
-    round. learns [N]: who adapts; the others bid their values (default: all adapt).
+    round. learns [N]: who adapts; the others bid their values (default: all adapt). budget [N]: expected spend allowed over all rounds,
+    inf: no limit; bids are paced to it and an ad whose money is spent is out.
     """
     rng = np.random.default_rng(seed)
     adapts = np.ones(len(market.value), bool) if learns is None else np.asarray(learns, bool)
     multiplier = np.where(adapts, start, 1.0)
+    limit = np.full(len(market.value), np.inf) if budget is None else np.asarray(budget, np.float64)
+    pacing, spent = np.ones(len(limit)), np.zeros(len(limit))
     history, revenue, welfare = [multiplier], [], []
     for time in range(rounds):
         today = market.take(rng.integers(0, len(market.probability), requests))
-        open_to = chances(today, multiplier * market.value)
+        allowed = pacing * (spent < limit)
+        open_to = chances(today, allowed * multiplier * market.value)
         factor = 1.0 + step / np.sqrt(1.0 + 0.1 * time)
         tried = np.stack([multiplier, multiplier / factor, multiplier * factor]).clip(LOWEST, HIGHEST)
         utility = np.zeros(tried.shape)
         for row, own in enumerate(tried):
-            clicks, price = outcomes(today, open_to, own * market.value, rule)
+            clicks, price = outcomes(today, open_to, allowed * own * market.value, rule)
             utility[row] = ((market.value - price) * clicks).mean(0)
             if row == 0:
                 revenue.append(float((price * clicks).sum(1).mean()))
                 welfare.append(float((market.value * clicks).sum(1).mean()))
+                spent = spent + (price * clicks).sum(0)
         gain = utility - utility[0]
         best = np.where(gain.max(0) > 1e-12 * market.value, gain.argmax(0), 0)  # nothing to gain: nobody moves
         multiplier = np.where(adapts, tried[best, np.arange(len(best))], 1.0)
         history.append(multiplier)
+        pacing = pace(pacing, spent, limit, (time + 1) / rounds)
     clicks, _ = outcomes(market, chances(market, market.value), market.value, "critical")
     total = clicks.sum(0)
-    return Learned(np.stack(history), total / max(float(total.sum()), 1e-300), np.array(revenue), np.array(welfare))
+    return Learned(np.stack(history), total / max(float(total.sum()), 1e-300), np.array(revenue), np.array(welfare), spent, pacing)

@@ -5,6 +5,7 @@ The bearer token is a secret and therefore never in that file: it comes from the
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Literal
@@ -156,13 +157,18 @@ def event_log_path(home: Path) -> Path:
 _ADAPTER = TypeAdapter(ServingConfig)
 
 
-def load_settings(path: Path | None = None) -> ServingConfig:
-    """Read the settings file: `path`, or the one that EGA_SERVING names."""
+def load_settings(path: Path | None = None, home: Path | None = None) -> ServingConfig:
+    """Read the settings file: `path`, or the one that EGA_SERVING names. `home`: for a file that does not name it."""
     named = path or os.environ.get(SETTINGS_VARIABLE)
     if not named:
         raise SettingsError(f"{SETTINGS_VARIABLE} is not set: it must name the JSON settings file; `ega serve` writes one and sets it")
     try:
+        found = json.loads(Path(named).read_bytes()) if home is not None else None
+        if isinstance(found, dict):
+            return _ADAPTER.validate_json(json.dumps({**found, "home": str(home)}))
         return _ADAPTER.validate_json(Path(named).read_bytes())
+    except json.JSONDecodeError as error:
+        raise SettingsError(f"serving settings {named} are no JSON: {error}") from error
     except OSError as error:
         raise SettingsError(f"cannot read the serving settings {named}: {error.strerror}") from error
     except ValidationError as error:

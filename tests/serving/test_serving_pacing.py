@@ -18,7 +18,7 @@ from auction.receipt import difference
 from serving.event_log import EventLog, EventRecord, read_impressions, read_receipts
 from serving.messages import EventsRequest, RankRequest
 from serving.pacing import BudgetError, read_budgets
-from serving.settings import ServingConfig
+from serving.settings import ServingConfig, SettingsError, load_settings
 from serving.users import UNKNOWN
 
 CITY = catalogue().query("city_id == 0").set_index("ad_id")
@@ -154,3 +154,14 @@ def test_the_quality_floor_filters_on_pctr_and_nothing_else(tmp_path: Path) -> N
     assert nobody.rank(ask(NOW))["ads"] == []
     with pytest.raises(ValueError, match="quality_floor"):
         ServingConfig(home=tmp_path, quality_floor=1.0)
+
+
+def test_settings_for_a_given_home(tmp_path: Path) -> None:
+    file = tmp_path / "settings.json"
+    file.write_text('{"quality_floor": 0.02, "budgets": "b.csv"}')
+    config = load_settings(file, tmp_path)
+    assert config.home == tmp_path and config.quality_floor == 0.02 and config.budgets == Path("b.csv")
+    for text, message in (("[1]", "Input should be"), ("{", "are no JSON"), ('{"floor": 1}', "floor"), ('{"quality_floor": 2}', "quality_floor")):
+        file.write_text(text)
+        with pytest.raises(SettingsError, match=message):
+            load_settings(file, tmp_path)

@@ -70,6 +70,19 @@ def test_truthful_bidders_stay_truthful() -> None:
     np.testing.assert_array_equal(again.multipliers, result.multipliers)
 
 
+def test_budgets_are_paced_over_the_day() -> None:
+    m = market()
+    free = learn(m, "critical", rounds=60, start=1.0, learns=np.zeros(14, bool))
+    limit = np.where((np.arange(14) < 5) & (free.spent > 1.0), 0.5 * free.spent, np.inf)
+    paced = learn(m, "critical", rounds=60, start=1.0, learns=np.zeros(14, bool), budget=limit)
+    round_of_all = free.spent / 60
+    assert (paced.spent <= limit + 4 * round_of_all).all()  # at most what is spent before money is counted again
+    limited = np.isfinite(limit)
+    assert limited.sum() > 2 and (paced.spent[limited] > 0.8 * limit[limited]).all()  # and budgets are used
+    assert (paced.pacing[~limited] == 1.0).all() and (paced.pacing[limited] < 1.0).all()
+    assert (free.pacing == 1.0).all()
+
+
 def test_an_unknown_rule_is_named() -> None:
     m = market()
     with pytest.raises(ValueError, match="rule 'vickrey' is unknown; use one of critical"):
