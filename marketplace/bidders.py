@@ -15,8 +15,8 @@ from typing import Literal
 import numpy as np
 
 from auction import batch
-from auction.pacing import pace
 from auction.critical import step_prices_everywhere
+from auction.pacing import pace
 from marketplace.click_model import reading_probability
 
 Rule = Literal["critical", "gsp", "first_price"]
