@@ -49,6 +49,7 @@ test: $(STAMP)  ## the ordinary test suite
 soak: export OMP_NUM_THREADS := 1
 soak: $(STAMP)  ## the long proofs that `make test` leaves out; run it alone on the machine
 	@$(BIN)/python -m pytest -m soak $(ARGS)
+	@EGA_PROPERTY_EXAMPLES=10000 $(BIN)/python -m pytest tests/property/test_auction_laws.py tests/serving/test_serving_http.py --timeout 3600 $(ARGS)
 
 bench: $(STAMP)  ## the speed measurement NAME (`ega bench --help`)
 	@$(BIN)/ega bench $(NAME) $(ARGS)

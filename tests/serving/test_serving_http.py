@@ -14,10 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from serving_world import BODY, catalogue, served_home
 
-from serving.event_log import read_impressions, read_requests, read_service_facts
+from auction.receipt import difference
+from serving.event_log import read_impressions, read_receipts, read_requests, read_service_facts
 from serving.launch import Running, StartError, running_service
 from serving.openapi import FILE, rendered, specification
 from serving.settings import Arm, ServingConfig
@@ -221,6 +225,67 @@ def test_odd_http_never_breaks_the_service(service: Running, client: httpx.Clien
     assert post(client, BODY).status_code == 200
     for method, path, status in (("GET", "/v1/rank", 405), ("GET", "/nope", 404), ("HEAD", "/v1/rank", 405), ("DELETE", "/v1/rank", 415)):
         assert client.request(method, path).status_code == status
+
+
+CITY = sorted(ADS.query("city_id == 0").index)
+
+
+@settings(max_examples=int(os.environ.get("EGA_PROPERTY_EXAMPLES", "40")), deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    bids=st.dictionaries(st.sampled_from(CITY), st.floats(1e-6, 1e5), max_size=12),
+    candidates=st.none() | st.lists(st.sampled_from(CITY), min_size=1, unique=True),
+    mode=st.sampled_from(["critical", "gsp", "vcg", "first_price"]),
+    slots=st.integers(1, 8),
+    raised=st.floats(1.001, 50.0),
+    data=st.data(),
+)
+def test_the_laws_of_the_auction_over_http(client: httpx.Client, bids: dict[int, float], candidates: list[int] | None, mode: str, slots: int, raised: float, data: Any) -> None:
+    """Within [reserve, bid], no ad twice, blind to the order of candidates, deterministic; a higher own bid never loses a slot, and under
+    critical prices pays the same in the same slot and no less in a better one."""
+    user = data.draw(st.sampled_from([user_of_arm(client, "control"), user_of_arm(client, "ega")]))
+
+    def page(bids: dict[int, float], candidates: list[int] | None) -> dict[str, Any]:
+        body: dict[str, Any] = BODY | {"user_id": user, "slots": slots, "price_mode": mode, "bids": [{"ad_id": ad, "bid": bid} for ad, bid in bids.items()]}
+        if candidates is not None:
+            body["candidates"] = candidates
+        answer = post(client, body)
+        assert answer.status_code == 200, answer.text
+        check_page(answer.json(), bids)
+        assert answer.json()["degraded"] == []
+        return answer.json()
+
+    first = page(bids, candidates)
+    assert len(first["ads"]) <= slots and (candidates is None or {ad["ad_id"] for ad in first["ads"]} <= set(candidates))
+    if first["arm"] != "ega":
+        return  # explores: another request is another page
+    assert page(bids, candidates and candidates[::-1])["ads"] == first["ads"]
+    if not first["ads"]:
+        return
+    own = data.draw(st.sampled_from(first["ads"]))
+    higher = page({**bids, own["ad_id"]: min(own["bid"] * raised, 1e6)}, candidates)
+    again = next(ad for ad in higher["ads"] if ad["ad_id"] == own["ad_id"])
+    assert again["slot"] <= own["slot"]
+    if mode == "critical":
+        # The bid of all requests together sets the unit of money; a bid that moves the median moves scores a little.
+        same_unit = np.median([bids.get(ad, ADS.loc[ad, "bid"]) for ad in CITY]) == np.median([({**bids, own["ad_id"]: own["bid"] * raised}).get(ad, ADS.loc[ad, "bid"]) for ad in CITY])
+        if same_unit and again["slot"] == own["slot"]:
+            assert again["price"] == own["price"]
+
+
+_USERS: dict[tuple[str, str], int] = {}
+
+
+def user_of_arm(client: httpx.Client, arm: str) -> int:
+    key = (str(client.base_url), arm)
+    if key not in _USERS:
+        _USERS[key] = user_of(client, arm)
+    return _USERS[key]
+
+
+def test_every_receipt_of_the_service_replays(client: httpx.Client, home: Path) -> None:
+    post(client, BODY)
+    receipts = read_receipts(home / "events" / "events.db")
+    assert receipts and [receipt for receipt in receipts if difference(receipt) is not None] == []
 
 
 def test_overload_is_refused_at_once_and_what_is_accepted_is_recorded(client: httpx.Client, home: Path) -> None:
