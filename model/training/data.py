@@ -80,6 +80,11 @@ class Samples:
     def __len__(self) -> int:
         return len(self.request_id)
 
+    @cached_property
+    def history_lengths(self) -> np.ndarray:
+        """[R] behaviours of every request before the padding."""
+        return (np.asarray(self.behaviours[:, :, 0]) != schema.PADDING).sum(1)
+
     def split_rows(self, split: int) -> np.ndarray:
         """Rows of TRAIN, VALIDATION or TEST that showed at least one ad."""
         return np.flatnonzero((np.asarray(self.split) == split) & (np.asarray(self.candidate[:, 0]) >= 0))
@@ -133,13 +138,14 @@ class Samples:
     def inputs(self, requests: np.ndarray, ad_rows: np.ndarray, ad_mask: np.ndarray) -> Batch:
         """Network inputs for `requests` [B] with candidates `ad_rows` [B or 1, N]."""
         rows = np.where(ad_mask, ad_rows, 0)
+        longest = max(1, int(self.history_lengths[requests].max(initial=1)))  # columns that are padding for all of them say nothing
         return Batch(
             ad_fields=self._fields(np.asarray(self.ad_fields)[rows], schema.AD_FIELDS) * torch.from_numpy(ad_mask).unsqueeze(-1),
             ad_mask=torch.from_numpy(ad_mask),
             ad_place=torch.from_numpy(np.asarray(self.ad_place)[rows]),
             user_fields=self._fields(self.user_fields[requests], schema.USER_FIELDS),
             context_fields=self._fields(self.context_fields[requests], schema.CONTEXT_FIELDS),
-            behaviours=self._fields(self.behaviours[requests], schema.BEHAVIOUR_FIELDS),
+            behaviours=self._fields(self.behaviours[requests, :longest], schema.BEHAVIOUR_FIELDS),
             request_place=torch.from_numpy(self.request_place[requests]),
         )
 
@@ -168,6 +174,21 @@ class Samples:
         )
 
 
-def epoch_order(rows: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch: a function of (seed, epoch) alone, so a resumed run sees the same batches."""
-    return np.random.default_rng([seed, epoch]).permutation(rows)
+ALIKE = 16
+"""Batches among which requests are exchanged so that those of a batch have histories of like length."""
+
+
+def epoch_order(rows: np.ndarray, seed: int, epoch: int, batch: int = 1, lengths: np.ndarray | None = None) -> np.ndarray:
+    """The order of an epoch: a function of (seed, epoch) alone, so a resumed run sees the same batches.
+
+    With `lengths` (of all requests, by row) a batch holds requests of like length, whose padding is then not computed; which batch comes
+    when stays random.
+    """
+    draw = np.random.default_rng([seed, epoch])
+    order = draw.permutation(rows)
+    if lengths is None:
+        return order
+    whole = len(order) // batch * batch
+    parts = [order[start : min(start + ALIKE * batch, whole)] for start in range(0, whole, ALIKE * batch)]
+    alike = [draw.permutation(part[np.argsort(lengths[part], kind="stable")].reshape(-1, batch)).ravel() for part in parts]
+    return np.concatenate([*alike, order[whole:]])

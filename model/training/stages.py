@@ -219,7 +219,7 @@ def pretrain(network: EgaV1, samples: Samples, config: PretrainConfig, folder: P
 
     result = run_stage(
         "pretrain", network, parameters, config, rows, step, lambda: pretrain_metrics(network, samples, check, config.batch), folder,
-        {**fingerprint, "config": asdict(config)}, device,
+        {**fingerprint, "config": asdict(config)}, device, lengths=samples.history_lengths,
     )  # fmt: skip
     network.shift_click_level(intercept_shift(network, samples, samples.split_rows(schema.VALIDATION), config.calibration_requests))
     return result
