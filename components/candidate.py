@@ -86,17 +86,17 @@ def counting_baselines(logs: Path, samples_folder: Path, run_dir: Path, config: 
     from marketplace.schema import TEST, VALIDATION
     from model.bundle import write_atomic
     from model.evaluation.metrics import auc, mean_and_interval, recall_at
-    from model.evaluation.replay import positions_of
+    from model.evaluation.replay import pools_of, positions_of
     from model.training.data import Samples
     from model.training.run import STAGES, load_stage
-    from model.training.stages import encode_city, newest
+    from model.training.stages import newest
 
     samples = Samples(samples_folder)
     network = load_stage(STAGES[-1], samples, config.network, run_dir / "stages", seed)
     behaviours, requests = read_table(logs, "behaviours"), read_table(logs, "requests").set_index("request_id", drop=False)
     ads = read_table(logs, "ads").drop_duplicates("ad_id").set_index("ad_id")
     pois = ads.loc[np.asarray(samples.ad_id), "poi_id"].to_numpy()
-    k, batch = config.evaluation.recall_at, config.evaluation.batch
+    k = config.evaluation.recall_at
     table: list[dict[str, Any]] = []
     for split, name in ((VALIDATION, "validation"), (TEST, "test")):
         rows = np.sort(newest(samples.split_rows(split), most))
@@ -104,9 +104,8 @@ def counting_baselines(logs: Path, samples_folder: Path, run_dir: Path, config: 
         crowd = np.asarray(popularity(behaviours, asked, pois), np.float64)
         scores = {label: scorer(behaviours, asked, pois) + (1e-6 * crowd / (crowd.max() + 1) if label != "popularity" else 0) for label, scorer in SCORERS.items()}
         model = np.full(crowd.shape, -1.0)
-        for start in range(0, len(rows), batch):
-            pool = encode_city(network, samples, rows[start : start + batch], 1 << 30, 0, batch)
-            at = start + np.arange(len(pool.requests))[:, None]
+        for pool in pools_of(network, samples, rows, config.evaluation):
+            at = np.searchsorted(rows, pool.requests)[:, None]
             real = pool.ad_rows >= 0
             model[np.broadcast_to(at, real.shape)[real], pool.ad_rows[real]] = torch.sigmoid(pool.click).numpy()[real]
         candidate = np.asarray(samples.candidate[rows])

@@ -200,7 +200,11 @@ class CrossAttention(nn.Module):
         return Clusters(self.key_map(key), self.value_map(value), mask)
 
     def forward(self, x_BND: Tensor, mask_BN: Tensor, keys: Clusters) -> Tensor:
-        heads = multi_head_attention(self.query(x_BND), keys.key_BMD, keys.value_BMD, self.heads, keys.mask_BM)
+        """[B, N, D]; where one of the two has batch 1 it serves all B of the other."""
+        batch = max(len(x_BND), len(keys.key_BMD))
+        keys = Clusters(*(None if part is None else part.expand(batch, *part.shape[1:]) for part in (keys.key_BMD, keys.value_BMD, keys.mask_BM)))
+        mask_BN = mask_BN.expand(batch, -1)
+        heads = multi_head_attention(self.query(x_BND).expand(batch, -1, -1), keys.key_BMD, keys.value_BMD, self.heads, keys.mask_BM)
         return self.out_dice(self.out(heads), mask_BN)
 
 

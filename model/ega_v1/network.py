@@ -239,30 +239,31 @@ class RecFormer(nn.Module):
         first = self.fusions[0]
         for block in self.behaviour_blocks[:first]:
             behaviour_BLD = block(behaviour_BLD, behaviour_mask_BL)
-        ad_BND = ad_BND.expand(behaviour_BLD.shape[0], -1, -1)
-        ad_mask_BN = ad_mask_BN.expand(behaviour_BLD.shape[0], -1)
         for number in range(first, self.config.blocks + 1):
             if number == self.config.blocks and only_BK is not None:
                 if number > first:
                     ad_BND = self.ad_blocks[number - 1](ad_BND, ad_mask_BN, only_BK)
                 else:
-                    ad_BND = take(ad_BND, only_BK)
-                ad_mask_BN = torch.gather(ad_mask_BN, 1, only_BK)
+                    ad_BND = take(ad_BND.expand(len(only_BK), -1, -1), only_BK)
+                ad_mask_BN = torch.gather(ad_mask_BN.expand(len(only_BK), -1), 1, only_BK)
             elif number > first:
                 ad_BND = self.ad_blocks[number - 1](ad_BND, ad_mask_BN)
             if number > first and self.behaviour_blocks:
                 behaviour_BLD = self.behaviour_blocks[number - 1](behaviour_BLD, behaviour_mask_BL)
             if number in self.fusions:
                 ad_BND, behaviour_BLD = self._fuse(str(number), ad_BND, ad_mask_BN, behaviour_BLD, behaviour_mask_BL)
+                ad_mask_BN = ad_mask_BN.expand(len(ad_BND), -1)
         return self.norm(ad_BND)
 
     def _fuse(self, key: str, ad_BND: Tensor, ad_mask: Tensor, behaviour_BLD: Tensor, behaviour_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Both directions from the pre-fusion states."""
+        """Both directions from the pre-fusion states. At the first fusion the ads may still be one city for all requests (batch 1):
+        what depends on the ads alone is then computed once."""
         ad_norm, behaviour_norm = self.norms[key]
         ads, behaviours = ad_norm(ad_BND), behaviour_norm(behaviour_BLD)
         if key in self.target:
             target = self.target[key]
             ad_BND = ad_BND + target(ads, ad_mask, target.keys(behaviours, behaviour_mask))
+        ad_BND = ad_BND.expand(len(behaviour_BLD), -1, -1)
         if key in self.context:
             context = self.context[key]
             behaviour_BLD = behaviour_BLD + context(behaviours, behaviour_mask, context.keys(ads, ad_mask))

@@ -35,7 +35,7 @@ from model.ega_v1.mechanism import (
 from model.ega_v1.network import EgaV1
 from model.evaluation.metrics import auc, deviation, log_loss, mean_and_interval, recall_at
 from model.training.data import Samples
-from model.training.stages import PAGE_INPUTS, encode_city, encode_exposed, logged_pages, newest, places_of, pretrain_metrics
+from model.training.stages import PAGE_INPUTS, ahead, encode_city, encode_exposed, logged_pages, newest, places_of, pretrain_metrics
 
 
 @config_dataclass(frozen=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
@@ -162,8 +162,8 @@ def _with_users(values: np.ndarray, users: np.ndarray) -> tuple[np.ndarray, np.n
 def pools_of(network: EgaV1, samples: Samples, rows: np.ndarray, config: EvaluationConfig) -> Iterator[Pool]:
     """Requests `rows` over the whole city, a batch at a time."""
     rows = np.sort(rows)
-    for start in range(0, len(rows), config.batch):
-        yield encode_city(network, samples, rows[start : start + config.batch], candidates=1 << 30, seed=0, batch=config.batch)
+    parts = (rows[start : start + config.batch] for start in range(0, len(rows), config.batch))
+    return ahead(lambda part: encode_city(network, samples, part, candidates=1 << 30, seed=0, batch=config.batch), parts)
 
 
 def _recall(pool: Pool, samples: Samples, k: int) -> np.ndarray:

@@ -174,21 +174,6 @@ class Samples:
         )
 
 
-ALIKE = 16
-"""Batches among which requests are exchanged so that those of a batch have histories of like length."""
-
-
-def epoch_order(rows: np.ndarray, seed: int, epoch: int, batch: int = 1, lengths: np.ndarray | None = None) -> np.ndarray:
-    """The order of an epoch: a function of (seed, epoch) alone, so a resumed run sees the same batches.
-
-    With `lengths` (of all requests, by row) a batch holds requests of like length, whose padding is then not computed; which batch comes
-    when stays random.
-    """
-    draw = np.random.default_rng([seed, epoch])
-    order = draw.permutation(rows)
-    if lengths is None:
-        return order
-    whole = len(order) // batch * batch
-    parts = [order[start : min(start + ALIKE * batch, whole)] for start in range(0, whole, ALIKE * batch)]
-    alike = [draw.permutation(part[np.argsort(lengths[part], kind="stable")].reshape(-1, batch)).ravel() for part in parts]
-    return np.concatenate([*alike, order[whole:]])
+def epoch_order(rows: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch: a function of (seed, epoch) alone, so a resumed run sees the same batches."""
+    return np.random.default_rng([seed, epoch]).permutation(rows)

@@ -114,13 +114,12 @@ def run_stage(
     device: Device,
     after_validation: Callable[[dict[str, float]], None] | None = None,
     extra_state: dict[str, Tensor] | None = None,
-    lengths: np.ndarray | None = None,
 ) -> StageResult:
     """Train `parameters` until `steps` or early stop and leave the best weights in `network`.
 
     `validate` returns metrics with `score` (higher is better). `extra_state` tensors (e.g. Lagrange multipliers) are
     changed in place by the step function and saved with the rest. `fingerprint` ties checkpoints to their inputs: a folder
-    of another config, data or starting point is not resumed but refused. `lengths`: see `epoch_order`.
+    of another config, data or starting point is not resumed but refused.
     """
     if len(rows) == 0:
         raise ValueError(f"stage {stage}: no training requests; the logs need days with impressions before the validation days")
@@ -176,7 +175,7 @@ def run_stage(
             while state["step"] < config.steps and state["waited"] < config.patience:
                 _set_rate(optimiser, config, state["step"])
                 network.train()
-                loss, metrics = step_function(_batch_rows(rows, config, state["step"], lengths), noise)
+                loss, metrics = step_function(_batch_rows(rows, config, state["step"]), noise)
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()
                 _average_gradients(parameters)
@@ -207,11 +206,11 @@ def run_stage(
         return StageResult(stage, state["history"], state["best_step"], state["best_score"], digest, state["step"])
 
 
-def _batch_rows(rows: np.ndarray, config: LoopConfig, step: int, lengths: np.ndarray | None = None) -> np.ndarray:
+def _batch_rows(rows: np.ndarray, config: LoopConfig, step: int) -> np.ndarray:
     """Rows of a step; with several processes each takes its share of the same global batch."""
     per_epoch = max(1, len(rows) // config.batch)
     epoch, position = divmod(step, per_epoch)
-    chosen = epoch_order(rows, config.seed, epoch, config.batch, lengths)[position * config.batch : (position + 1) * config.batch]
+    chosen = epoch_order(rows, config.seed, epoch)[position * config.batch : (position + 1) * config.batch]
     return chosen[_rank() :: _world()]
 
 

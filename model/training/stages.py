@@ -6,7 +6,9 @@ Shape letters: B requests, N candidates, M sampled candidates, K slots, D width,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -219,7 +221,7 @@ def pretrain(network: EgaV1, samples: Samples, config: PretrainConfig, folder: P
 
     result = run_stage(
         "pretrain", network, parameters, config, rows, step, lambda: pretrain_metrics(network, samples, check, config.batch), folder,
-        {**fingerprint, "config": asdict(config)}, device, lengths=samples.history_lengths,
+        {**fingerprint, "config": asdict(config)}, device,
     )  # fmt: skip
     network.shift_click_level(intercept_shift(network, samples, samples.split_rows(schema.VALIDATION), config.calibration_requests))
     return result
@@ -280,6 +282,35 @@ def newest(rows: np.ndarray, count: int) -> np.ndarray:
 # Frozen representations for the later stages
 
 
+def ahead(work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """`work` on every item without gradients, results in order, a few items ahead of the reader.
+
+    As many Python threads as PyTorch has, each computing with one: products this small gain nothing from being split, and a result
+    that one thread computed does not depend on how many work beside it.
+    """
+    threads = torch.get_num_threads()
+
+    def one(item: Any) -> Any:
+        with torch.no_grad():
+            return work(item)
+
+    if threads == 1:
+        yield from map(one, items)
+        return
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            waiting: deque[Future[Any]] = deque()
+            for item in items:
+                waiting.append(pool.submit(one, item))
+                if len(waiting) > 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _city_batches(samples: Samples, rows: np.ndarray, batch: int = 32) -> Iterator[tuple[np.ndarray, City, Batch]]:
     """Requests [B] of one day and city, with that city and the inputs for its whole active catalogue."""
     order = rows[np.lexsort((rows, samples.city_code[rows], samples.day[rows]))]
@@ -302,9 +333,12 @@ def encode_city(network: EgaV1, samples: Samples, rows: np.ndarray, candidates: 
     parts: list[tuple[np.ndarray, ...]] = []
     keep = max((min(candidates, len(samples.city(d, c).rows)) for d, c in {(int(samples.day[r]), int(samples.city_code[r])) for r in rows}), default=0)
     draw = np.random.default_rng(seed)
-    for requests, city, inputs in _city_batches(samples, rows, batch):
-        h, user = network.encode(inputs)
-        click, purchase = network.heads(h, user)
+
+    def encoded(group: tuple[np.ndarray, City, Batch]) -> tuple[Any, ...]:
+        h, user = network.encode(group[2])
+        return (*group, h, user, *network.heads(h, user))
+
+    for requests, city, inputs, h, user, click, purchase in ahead(encoded, _city_batches(samples, rows, batch)):
         bid = np.broadcast_to(city.bid, click.shape)
         chosen = _thin(torch.sigmoid(click).numpy() * bid, keep, draw)
         index = torch.from_numpy(chosen)
@@ -354,18 +388,23 @@ def encode_exposed(network: EgaV1, samples: Samples, rows: np.ndarray, whole_cit
     network.eval()
     slots = samples.slots
     rows = np.sort(rows)
-    parts: list[tuple[np.ndarray, Tensor, Tensor, Tensor, Tensor]] = []
+    Part = tuple[np.ndarray, Tensor, Tensor, Tensor, Tensor]
+
+    def in_city(group: tuple[np.ndarray, City, Batch]) -> Part:
+        requests, city, inputs = group
+        page = torch.from_numpy(np.stack([places_of(shown, city.rows) for shown in samples.candidate[requests, :slots]]))
+        h, user = network.encode(inputs, page.clamp(min=0))
+        return requests, h, user, page >= 0, take(inputs.ad_fields[..., PAGE_COLUMNS].expand(len(page), -1, -1), page.clamp(min=0))
+
+    def in_sample(chosen: np.ndarray) -> Part:
+        b = samples.batch(chosen)
+        h, user = network.encode(b.inputs)
+        return chosen, h[:, :slots].contiguous(), user, b.exposed[:, :slots], b.inputs.ad_fields[:, :slots, PAGE_COLUMNS]
+
     if whole_city:
-        for requests, city, inputs in _city_batches(samples, rows):
-            page = torch.from_numpy(np.stack([places_of(shown, city.rows) for shown in samples.candidate[requests, :slots]]))
-            h, user = network.encode(inputs, page.clamp(min=0))
-            codes = take(inputs.ad_fields[..., PAGE_COLUMNS].expand(len(page), -1, -1), page.clamp(min=0))
-            parts.append((requests, h, user, page >= 0, codes))
+        parts = list(ahead(in_city, _city_batches(samples, rows)))
     else:
-        for start in range(0, len(rows), batch):
-            b = samples.batch(rows[start : start + batch])
-            h, user = network.encode(b.inputs)
-            parts.append((rows[start : start + batch], h[:, :slots].contiguous(), user, b.exposed[:, :slots], b.inputs.ad_fields[:, :slots, PAGE_COLUMNS]))
+        parts = list(ahead(in_sample, (rows[start : start + batch] for start in range(0, len(rows), batch))))
     order = torch.from_numpy(np.argsort(np.concatenate([part[0] for part in parts]), kind="stable"))
     h, user, mask, codes = (torch.cat([part[i] for part in parts])[order] for i in (1, 2, 3, 4))
     click, purchase = network.heads(h, user)

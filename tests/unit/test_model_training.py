@@ -215,20 +215,6 @@ def test_an_epoch_sees_every_row_once_and_processes_share_a_batch(monkeypatch: p
     assert sorted(np.concatenate(shares)) == sorted(epoch[1]) and len(shares[0]) == len(shares[1]) == 3
 
 
-def test_batches_of_like_length_hold_every_row_once_and_little_padding() -> None:
-    lengths = np.random.default_rng(0).integers(1, 300, 1000)
-    rows = np.arange(5, 1000)
-    for epoch in range(2):
-        order = epoch_order(rows, 3, epoch, 20, lengths)
-        assert sorted(order) == rows.tolist()
-        np.testing.assert_array_equal(order, epoch_order(rows, 3, epoch, 20, lengths))
-    assert not np.array_equal(order, epoch_order(rows, 3, 0, 20, lengths))
-    longest = lengths[order[:980]].reshape(-1, 20).max(1)
-    plain = lengths[epoch_order(rows, 3, 1)[:980]].reshape(-1, 20).max(1)
-    assert longest.sum() < 0.7 * plain.sum()
-    assert np.abs(np.corrcoef(longest, np.arange(len(longest)))[0, 1]) < 0.5  # short and long batches come mixed
-
-
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(["model.training.run"])
 
