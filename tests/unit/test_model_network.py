@@ -218,7 +218,11 @@ def test_evaluator_reads_the_page_and_nothing_behind_its_end() -> None:
     page = torch.tensor([3, 1, 4, 7, 2]).expand(12, -1)
     whole = page_logits(network.evaluator, pool, page)[0]
     swapped = page_logits(network.evaluator, pool, page[:, [1, 0, 2, 3, 4]])[0]
-    assert not torch.allclose(whole[:, 2:], swapped[:, 2:], atol=1e-4)  # the order above matters to the ads below
+    torch.testing.assert_close(whole[:, 2:], swapped[:, 2:])  # the same ads above, whatever their order
+    assert bool((swapped[:, 1] < whole[:, 0]).all() and (swapped[:, 0] > whole[:, 1]).all())  # an ad that moves down loses, up gains
+    paper = tiny_network(noise=0.5, examination=False).evaluator
+    read, other = page_logits(paper, pool, page)[0], page_logits(paper, pool, page[:, [1, 0, 2, 3, 4]])[0]
+    assert not torch.allclose(read[:, 2:], other[:, 2:], atol=1e-4)  # attention with slots reads the order above
     short = torch.where(torch.arange(5) < 3, page, -1)
     cut = page_logits(network.evaluator, pool, short)[0]
     assert not torch.allclose(cut[:, :3], whole[:, :3], atol=1e-4)  # so do neighbours
