@@ -44,7 +44,7 @@ class PretrainConfig(LoopConfig):
     slot_bias: bool = True
     """Beyond the paper: exposed ads get a learned term for their slot, so that q is not credited with what the slot did."""
     calibration_requests: int = Field(800, ge=1)
-    """Newest validation requests seen among the whole city when the level of pCTR is set after training."""
+    """Validation requests, spread over time, seen among the whole city when the level of pCTR is set after training."""
 
 
 @config_dataclass(frozen=True, config=_STRICT)
@@ -244,18 +244,17 @@ def intercept_shift(network: EgaV1, samples: Samples, rows: np.ndarray, seen_in_
     `rows` are validation requests: what a model says of pages that it was trained on is some per cent lower than what it says of
     new ones (noise in a logit raises the mean of a small probability), and histories grow with time. Two steps, because clicks
     are rare and whole cities are dear: the level is set against the clicks of all `rows` among their sampled candidates; then,
-    without any click noise, the level that the same pages get among the whole city is set equal to that, on the newest
-    `seen_in_city` of the rows. Without rows nothing is shifted.
+    without any click noise, the level that the same pages get among the whole city is set equal to that, on `seen_in_city` of the
+    rows, spread over time. Without rows nothing is shifted.
     """
     if len(rows) == 0:
         return 0.0
     sampled = encode_exposed(network, samples, rows)
     logits = sampled["click_logit"][sampled["mask"]].double().numpy()
     first = level_for(logits, float(sampled["click"][sampled["mask"]].double().mean()))
-    few = min(seen_in_city, len(rows))
-    newest_mask = sampled["mask"][-few:]
-    among_sampled = float(torch.sigmoid(sampled["click_logit"][-few:][newest_mask].double() + first).mean())
-    city = encode_exposed(network, samples, np.sort(rows)[-few:], whole_city=True)
+    few = spread(np.arange(len(rows)), seen_in_city)
+    among_sampled = float(torch.sigmoid(sampled["click_logit"][few][sampled["mask"][few]].double() + first).mean())
+    city = encode_exposed(network, samples, np.sort(rows)[few], whole_city=True)
     return level_for(city["click_logit"][city["mask"]].double().numpy(), among_sampled)
 
 
@@ -276,6 +275,11 @@ def places_of(wanted: np.ndarray, ad_rows_N: np.ndarray) -> np.ndarray:
 def newest(rows: np.ndarray, count: int) -> np.ndarray:
     """The last `count` rows (samples are in time order); all when count is 0."""
     return rows[-count:] if count else rows
+
+
+def spread(rows: np.ndarray, count: int) -> np.ndarray:
+    """`count` of the rows, evenly over time: a level that stands on one day would stand on that day's chance."""
+    return rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int))] if len(rows) else rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -432,7 +436,7 @@ def train_reward(
     rows = newest(train[np.isin(samples.day[train], mine)], config.requests)
     # Among the whole city, as the policy's pages will be seen: an evaluator trained among sampled candidates misjudged those by a quarter.
     data = encode_exposed(network, samples, rows, whole_city=True)
-    check = encode_exposed(network, samples, newest(samples.split_rows(schema.VALIDATION), config.validation_requests), whole_city=True)
+    check = encode_exposed(network, samples, spread(samples.split_rows(schema.VALIDATION), config.validation_requests), whole_city=True)
     impressions = int(data["mask"].sum())
 
     def step(chosen: np.ndarray, noise: torch.Generator) -> tuple[Tensor, dict[str, float]]:

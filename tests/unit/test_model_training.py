@@ -46,6 +46,7 @@ from model.training.stages import (
     regret_of,
     reward_metrics,
     sample_page,
+    spread,
 )
 
 STEPS = {"pretrain": 60, "reward": 60, "evaluation": 30, "rlaf": 40, "payment": 16}
@@ -450,7 +451,7 @@ def test_stages_leave_calibrated_probabilities(trained: SimpleNamespace) -> None
     assert abs(intercept_shift(network, samples, rows, 64)) < 1e-4
     assert intercept_shift(network, samples, rows[:0], 64) == 0.0
     for which, evaluator in (("reward", network.evaluator), ("evaluation", network.evaluation_evaluator)):
-        used = newest(rows, getattr(trained.config, which).validation_requests)
+        used = spread(rows, getattr(trained.config, which).validation_requests)
         data = encode_exposed(network, samples, used, whole_city=True)
         assert set(reward_metrics(evaluator, data)) >= {"score", "auc", "log_loss", "dev"}
         logit, _ = evaluator(*(data[name] for name in PAGE_INPUTS))
