@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -158,14 +159,18 @@ _ADAPTER = TypeAdapter(ServingConfig)
 
 
 def load_settings(path: Path | None = None, home: Path | None = None) -> ServingConfig:
-    """Read the settings file: `path`, or the one that EGA_SERVING names. `home`: for a file that does not name it."""
+    """Read the settings file: `path`, or the one that EGA_SERVING names. `home`: for a file that does not name it.
+
+    A relative `budgets` lies beside the settings file: the worker that reads it runs in another folder.
+    """
     named = path or os.environ.get(SETTINGS_VARIABLE)
     if not named:
         raise SettingsError(f"{SETTINGS_VARIABLE} is not set: it must name the JSON settings file; `ega serve` writes one and sets it")
     try:
         found = json.loads(Path(named).read_bytes()) if home is not None else None
         if isinstance(found, dict):
-            return _ADAPTER.validate_json(json.dumps({**found, "home": str(home)}))
+            config = _ADAPTER.validate_json(json.dumps({**found, "home": str(home)}))
+            return replace(config, budgets=config.budgets and (Path(named).parent / config.budgets).absolute())
         return _ADAPTER.validate_json(Path(named).read_bytes())
     except json.JSONDecodeError as error:
         raise SettingsError(f"serving settings {named} are no JSON: {error}") from error

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from serving_world import BODY, NOW, bootstrap_ranking, catalogue, model_ranking
 import auction
 from auction.pacing import LOWEST, pace
 from auction.receipt import difference
-from serving.event_log import EventLog, EventRecord, read_impressions, read_receipts
+from serving.event_log import EventLog, EventLogError, EventRecord, read_impressions, read_receipts
 from serving.messages import EventsRequest, RankRequest
 from serving.pacing import BudgetError, read_budgets
 from serving.settings import ServingConfig, SettingsError, load_settings
@@ -160,8 +162,19 @@ def test_settings_for_a_given_home(tmp_path: Path) -> None:
     file = tmp_path / "settings.json"
     file.write_text('{"quality_floor": 0.02, "budgets": "b.csv"}')
     config = load_settings(file, tmp_path)
-    assert config.home == tmp_path and config.quality_floor == 0.02 and config.budgets == Path("b.csv")
+    assert config.home == tmp_path and config.quality_floor == 0.02 and config.budgets == tmp_path / "b.csv"  # beside the settings
     for text, message in (("[1]", "Input should be"), ("{", "are no JSON"), ('{"floor": 1}', "floor"), ('{"quality_floor": 2}', "quality_floor")):
         file.write_text(text)
         with pytest.raises(SettingsError, match=message):
             load_settings(file, tmp_path)
+
+
+def test_an_event_log_of_the_format_before_is_named_and_brought_up(tmp_path: Path) -> None:
+    path = tmp_path / "events.db"
+    EventLog(path).close()
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript("DROP TABLE billing; PRAGMA user_version=1;")
+    with pytest.raises(EventLogError, match="has format 1, this release reads 2"):
+        read_impressions(path)
+    EventLog(path).close()
+    assert len(read_impressions(path)) == 0
