@@ -32,7 +32,7 @@ def read_budgets(path: Path) -> dict[int, float]:
         raise BudgetError(f"budgets {path}: columns must be ad_id, daily_budget, got {', '.join(map(str, table.columns))}")
     for row, (ad, budget) in enumerate(zip(table["ad_id"], pd.to_numeric(table["daily_budget"], errors="coerce"), strict=True), start=2):
         if isinstance(ad, bool) or not isinstance(ad, int | np.integer) or not np.isfinite(budget) or budget <= 0:
-            raise BudgetError(f"budgets {path}, line {row}: ad_id must be whole and daily_budget a finite amount above 0, got {ad!r} and {table['daily_budget'].iloc[row - 2]!r}")
+            raise BudgetError(f"budgets {path}, line {row}: ad_id must be whole and daily_budget a finite amount above 0, got {ad} and {table['daily_budget'].iloc[row - 2]}")
     if table["ad_id"].duplicated().any():
         raise BudgetError(f"budgets {path}: ad {int(table.loc[table['ad_id'].duplicated(), 'ad_id'].iloc[0])} is named twice")
     return dict(zip(table["ad_id"].astype(int).tolist(), table["daily_budget"].astype(float).tolist(), strict=True))
