@@ -9,14 +9,13 @@ from auction.allocation import greedy_allocation
 from auction.checks import AuctionInputError
 from auction.classic import first_price, gsp_prices, vcg_position_prices, vcg_prices
 from auction.critical import Pricing, critical_prices, priced_page
-from auction.invariants import AuctionInvariantError, check_prices
+from auction.invariants import broken_law, is_truthful
 from auction.myerson import Exponential, Uniform, myerson_optimal, myerson_payment
 from auction.regret import GreedyRule, Outcome, Psi, Regret, exact_regret, psi
 from auction.ties import tie_keys
 
 __all__ = [
     "AuctionInputError",
-    "AuctionInvariantError",
     "Exponential",
     "GreedyRule",
     "Outcome",
@@ -24,12 +23,13 @@ __all__ = [
     "Psi",
     "Regret",
     "Uniform",
-    "check_prices",
+    "broken_law",
     "critical_prices",
     "exact_regret",
     "first_price",
     "greedy_allocation",
     "gsp_prices",
+    "is_truthful",
     "myerson_optimal",
     "myerson_payment",
     "priced_page",

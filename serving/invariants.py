@@ -7,7 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from auction.invariants import PAGE_LAWS as AUCTION_PAGE_LAWS
+from auction.invariants import broken_law, is_truthful
 from auction.receipt import charge
+
+PAGE_LAWS = AUCTION_PAGE_LAWS | {"propensity"}
+"""Laws about who is shown: breaking one discards the page. The others discard the prices only."""
 
 
 @dataclass(frozen=True)
@@ -28,32 +33,24 @@ class PricedPage:
     """What each price rests on, JSON-able, for the receipts (auction.receipt)."""
 
 
-def broken_invariant(page: PricedPage, bids: np.ndarray, reserves: np.ndarray, eligible: np.ndarray, slots: int) -> str | None:
-    """Name of the first broken law, or None. bids, reserves, eligible: [A], of the city, as they entered the auction."""
-    rows = page.rows
-    if len(rows) > slots or any(len(values) != len(rows) for values in (page.pctr, page.price, page.critical_price, page.propensity)):
+def broken_invariant(page: PricedPage, bids: np.ndarray, reserves: np.ndarray, eligible: np.ndarray, slots: int, offered: np.ndarray | None = None) -> str | None:
+    """Name of the first broken law, or None: auction.broken_law, propensities in (0, 1], critical prices truthful.
+
+    bids (paced), reserves, eligible, offered (before pacing): [A], of the city, as they entered the auction.
+    """
+    broken = broken_law(page.rows, page.pctr, page.price, bids, reserves, eligible, slots, offered)
+    if broken is not None:
+        return broken
+    if any(len(values) != len(page.rows) for values in (page.critical_price, page.propensity)):
         return "length"
-    if len(rows) and (rows.min() < 0 or rows.max() >= len(bids)):
-        return "unknown_ad"
-    if len(np.unique(rows)) != len(rows):
-        return "repeated_ad"
-    if not eligible[rows].all():
-        return "ineligible_ad"
-    if not np.isfinite(page.pctr).all() or (page.pctr < 0).any() or (page.pctr > 1).any():
-        return "pctr"
-    if not np.isfinite(page.price).all() or (page.price < 0).any():
-        return "price_not_finite"
-    if (page.price > bids[rows]).any():
-        return "price_above_bid"
-    if (page.price < reserves[rows]).any():
-        return "price_below_reserve"
-    if not np.isfinite(page.propensity).all() or (page.propensity <= 0).any() or (page.propensity > 1).any():
+    if not (np.isfinite(page.propensity) & (page.propensity > 0) & (page.propensity <= 1)).all():
         return "propensity"
+    for slot, (row, price) in enumerate(zip(page.rows, page.price, strict=True), start=1):
+        if page.price_mode == "critical":
+            basis = page.basis[slot - 1]
+            if not is_truthful(float(price), basis["theta"], basis["slot_ctr"], slot, float(reserves[row]), float(bids[row]), basis["currency_step"]):
+                return "price_not_truthful"
     return None
-
-
-PAGE_LAWS = frozenset({"length", "unknown_ad", "repeated_ad", "ineligible_ad", "pctr", "propensity"})
-"""Laws about who is shown: breaking one discards the page. The others discard the prices only."""
 
 
 def gsp_of_page(page: PricedPage, bids: np.ndarray, reserves: np.ndarray, currency_step: float) -> PricedPage:

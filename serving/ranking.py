@@ -174,7 +174,7 @@ class Ranking:
         """The policy's page if it keeps every law; else its page at GSP prices, else the bootstrap page; and what was replaced."""
         try:
             page = policy.rank(ads, query)
-            broken = broken_invariant(page, query.bids, query.reserves, query.eligible, query.slots)
+            broken = broken_invariant(page, query.bids, query.reserves, query.eligible, query.slots, query.offered)
         except Refusal:
             raise
         except Exception:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from auction.invariants import check_prices
 from auction.receipt import charge
 from auction.ties import tie_keys
 from model.bundle import Bundle
@@ -158,10 +157,8 @@ class RankingEngine:
                    None if network_price is None else float(network_price[slot]), currency_step, below[slot], clicks)
             for slot in range(len(rows))
         ]  # fmt: skip
-        page = RankedPage(
+        return RankedPage(
             rows, pages.ctr[0][kept], set_pctr, np.array([c.price for c in charges]), np.array([c.critical for c in charges], np.float64), theta, slot_ctr,
             next_score, below, clicks, pages.runner_up[0][kept], pages.affinity[0][kept], pages.slope[0][kept] / unit, pages.tied[0][kept], network_price,
             pages.repaired[0][kept], mode,
         )  # fmt: skip
-        check_prices(page.rows, page.price, bid, bid, reserve, len(city.ad_ids), wanted)
-        return page

@@ -94,9 +94,11 @@ def test_every_mode_keeps_price_between_reserve_and_bid(market, step):
         auction.vcg_prices(market.pctr, market.bids, page, 0.5 ** np.arange(market.slots), market.reserve, eligible=eligible, currency_step=step),
         auction.first_price(market.bids, page, market.reserve, currency_step=step),
     ):
-        auction.check_prices(page, price, own, own, market.reserve[page], len(market.ids), market.slots)
+        assert auction.broken_law(page, market.pctr[page], price, market.bids, market.reserve, eligible, market.slots) is None
         assert (price[own == 0.0] == 0.0).all()
     assert (pricing.price <= pricing.critical_price + 1e-9 * np.maximum(step, pricing.critical_price)).all()
+    for slot in range(len(page)):
+        assert auction.is_truthful(pricing.price[slot], pricing.theta[slot], pricing.ctr[slot], slot + 1, pricing.reserve[slot], pricing.bid[slot], step)
     if step:
         steps = pricing.price / step
         assert (np.isclose(steps, np.round(steps)) | (pricing.price == pricing.reserve)).all()

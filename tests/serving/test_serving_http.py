@@ -316,6 +316,38 @@ def test_metrics_probes_and_openapi(client: httpx.Client) -> None:
     assert {"/v1/rank", "/v1/events"} <= served.keys() and set(specification()["paths"]) <= served.keys()
 
 
+SABOTAGE = """
+import pathlib, auction.receipt as receipt
+honest = receipt.truthful_price
+def charge_the_bid(theta, ctr, slot, reserve, paced_bid):
+    return paced_bid if pathlib.Path({flag!r}).exists() else honest(theta, ctr, slot, reserve, paced_bid)
+receipt.truthful_price = charge_the_bid
+"""
+
+
+def test_a_broken_pricing_rule_is_caught_served_by_gsp_and_counted(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule charges the bid instead of the critical price, within every bound: only the check of the price itself can see it."""
+    flag = tmp_path / "broken"
+    (tmp_path / "sitecustomize.py").write_text(SABOTAGE.format(flag=str(flag)))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    own = ServingConfig(home=home, arms=(Arm(name="ega", policy="model"),), feature_deadline_ms=500.0)
+    with running_service(own, log=tmp_path / "log") as running, httpx.Client(base_url=running.url, trust_env=False, timeout=20.0) as asking:
+        honest = post(asking, BODY).json()
+        assert honest["price_mode"] == "critical" and honest["degraded"] == [] and "\nega_price_fallback_total{" not in asking.get("/metrics").text
+        flag.touch()
+        caught = post(asking, BODY).json()
+        check_page(caught)
+        assert caught["price_mode"] == "gsp" and caught["degraded"] == ["price_fallback_gsp"]
+        assert [ad["ad_id"] for ad in caught["ads"]] == [ad["ad_id"] for ad in honest["ads"]]
+        assert '\nega_price_fallback_total{invariant="price_not_truthful"} 1.0' in asking.get("/metrics").text
+    flag.unlink()
+    stored = [receipt for receipt in read_receipts(home / "events" / "events.db") if receipt["request_id"] == caught["request_id"]]
+    assert len(stored) == len(caught["ads"]) and [difference(receipt) for receipt in stored] == [None] * len(stored)
+    flag.touch()
+    with pytest.raises(StartError, match="price_not_truthful"), running_service(own, log=tmp_path / "log"):
+        pass  # a rule that is broken from the start never becomes ready
+
+
 def test_the_checked_in_openapi_is_the_code() -> None:
     assert FILE.read_text() == rendered(), "run `python -m serving.openapi` and commit docs/openapi.json"
 

@@ -157,9 +157,9 @@ def test_limits_of_the_settings(tmp_path: Path) -> None:
 def page(**changes: object) -> PricedPage:
     good = {
         "rows": np.array([2, 0]), "pctr": np.array([0.2, 0.1]), "price": np.array([0.5, 0.3]), "critical_price": np.full(2, np.nan),
-        "propensity": np.ones(2), "price_mode": "critical",
+        "propensity": np.ones(2), "price_mode": "learned",
     }  # fmt: skip
-    return PricedPage(**{**good, **{name: np.asarray(value) if isinstance(value, list) else value for name, value in changes.items()}})
+    return PricedPage(**{**good, **{name: np.asarray(value) if isinstance(value, list) and name != "basis" else value for name, value in changes.items()}})
 
 
 MARKET = {"bids": np.array([1.0, 1.0, 1.0]), "reserves": np.array([0.1, 0.1, 0.1]), "eligible": np.array([True, False, True]), "slots": 2}
@@ -169,6 +169,7 @@ BROKEN = [
     ({"pctr": [0.2, float("nan")]}, "pctr"), ({"pctr": [1.2, 0.1]}, "pctr"), ({"price": [0.5, float("nan")]}, "price_not_finite"),
     ({"price": [float("inf"), 0.3]}, "price_not_finite"), ({"price": [-0.1, 0.3]}, "price_not_finite"), ({"price": [1.0000001, 0.3]}, "price_above_bid"),
     ({"price": [0.5, 0.09]}, "price_below_reserve"), ({"propensity": [0.0, 1.0]}, "propensity"), ({"price": [0.5]}, "length"),
+    ({"price_mode": "critical", "basis": [{"theta": [0.5, 0.4], "slot_ctr": [0.2, 0.1], "currency_step": 0.0}] * 2}, "price_not_truthful"),
     ({"rows": [0, 2, 1], "pctr": [0.1] * 3, "price": [0.3] * 3, "critical_price": [0.3] * 3, "propensity": [1.0] * 3}, "length"),
 ]  # fmt: skip
 

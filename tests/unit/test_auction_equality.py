@@ -55,7 +55,9 @@ def test_prices_equal_reference(externality):
         price, theta = reference_critical_prices(pctr, bids, affinity, slopes, page.tolist(), page_ctr, reserve, eligible, keys)
         np.testing.assert_allclose(pricing.price, price, rtol=1e-12, atol=1e-12)
         np.testing.assert_allclose(pricing.theta, np.array(theta).reshape(len(page), len(page)), rtol=1e-12, atol=1e-12)
-        auction.check_prices(page, pricing.price, bids[page], bids[page], reserve[page], n, k)
+        assert auction.broken_law(page, pctr[page], pricing.price, bids, reserve, eligible, k) is None
+        for slot, ad in enumerate(page):
+            assert auction.is_truthful(pricing.price[slot], pricing.theta[slot], pricing.ctr[slot], slot + 1, reserve[ad], bids[ad])
         repaired, displayed = repaired + int(pricing.repaired.sum()), displayed + len(page)
     assert (repaired == 0) if externality == "position" else 0.02 < repaired / displayed < 0.5
 

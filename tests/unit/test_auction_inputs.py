@@ -151,20 +151,36 @@ def test_rounding_is_down_and_exact_on_the_step():
         round_down(np.array([1.0]), -0.01, 0.0, 9.0)
 
 
-def test_invariant_check_names_the_broken_law():
-    good = {"page": [2, 0], "price": [0.5, 1.0], "paced_bid": [1.0, 1.0], "bid": [1.0, 2.0], "reserve": [0.5, 0.0], "n_ads": 3, "n_slots": 2}
-    auction.check_prices(**good)
-    for change, message in (
-        ({"price": [0.4, 1.0]}, "slot 0, row 2: reserve 0.5 is above price 0.4"),
-        ({"price": [0.5, 1.1]}, "slot 1, row 0: price"),
-        ({"price": [0.5, float("nan")]}, "price must be 2 finite numbers"),
-        ({"page": [0, 0]}, "shows an ad twice"),
-        ({"page": [3, 0]}, "rows in"),
-        ({"paced_bid": [1.0, 3.0]}, "paced bid .* is above bid"),
-        ({"n_slots": 1}, "at most 1 rows"),
-    ):
-        with pytest.raises(auction.AuctionInvariantError, match=message):
-            auction.check_prices(**{**good, **change})
+GOOD = {"page": [2, 0], "pctr": [0.2, 0.1], "price": [0.5, 1.0], "bids": [1.0, 9.0, 1.0], "reserve": [0.0, 0.0, 0.5], "eligible": [True, False, True], "n_slots": 2, "offered": [2.0, 9.0, 1.0]}
+
+
+@pytest.mark.parametrize(
+    ("change", "law"),
+    [
+        ({}, None), ({"page": [], "pctr": [], "price": []}, None), ({"offered": None}, None),
+        ({"n_slots": 1}, "length"), ({"price": [0.5]}, "length"), ({"pctr": [0.5] * 3}, "length"), ({"page": [[2, 0]]}, "length"),
+        ({"page": [3, 0]}, "unknown_ad"), ({"page": [-1, 0]}, "unknown_ad"), ({"page": [2.0, 0.0]}, "unknown_ad"), ({"page": [0, 0]}, "repeated_ad"), ({"page": [2, 1]}, "ineligible_ad"),
+        ({"pctr": [0.2, float("nan")]}, "pctr"), ({"pctr": [1.1, 0.1]}, "pctr"), ({"pctr": [-0.1, 0.1]}, "pctr"),
+        ({"price": [0.5, float("nan")]}, "price_not_finite"), ({"price": [0.5, float("inf")]}, "price_not_finite"), ({"price": [-0.1, 1.0]}, "price_not_finite"),
+        ({"price": [0.5, 1.1]}, "price_above_bid"), ({"bids": [float("nan"), 9.0, 1.0]}, "price_above_bid"), ({"price": [0.4, 1.0]}, "price_below_reserve"),
+        ({"offered": [0.9, 9.0, 1.0]}, "paced_bid_above_bid"),
+    ],
+)  # fmt: skip
+def test_every_broken_law_has_a_name(change, law):
+    assert auction.broken_law(**{**GOOD, **change}) == law
+
+
+def test_only_the_truthful_price_is_truthful():
+    """Golden case of AUCTION.md, ad 0 in slot 1: theta (4.5, 4.2), CTR (1, .6), price .4 * 4.5 + .6 * 4.2 = 4.32."""
+    case = {"theta": [4.5, 4.2], "ctr": [1.0, 0.6], "slot": 1, "reserve": 0.0, "paced_bid": 5.0}
+    assert auction.is_truthful(4.32, **case) and auction.is_truthful(4.3, **case, currency_step=0.05) and auction.is_truthful(4.5, **{**case, "reserve": 4.5})
+    for price in (5.0, 4.5, 4.32001, 4.31999, 4.2, 0.0):
+        assert not auction.is_truthful(price, **case)
+    assert not auction.is_truthful(4.26, **case, currency_step=0.05) and not auction.is_truthful(4.33, **case, currency_step=0.05)
+    assert auction.is_truthful(1.4, [9.0, 1.4], [0.5, 0.6], 2, 0.0, 4.0)  # what a better slot would bring plays no part
+    assert auction.is_truthful(4.2, [4.5, 4.2], [0.6, 1.0], 1, 0.0, 5.0)  # clicks that rise in a worse slot: the monotone hull
+    assert auction.is_truthful(2.0, [2.0, 2.0], [1.0, 0.1], 1, 0.0, 5.0)  # no bid wins the second slot
+    assert auction.is_truthful(1.0, [None, 1.0], [0.0, 0.0], 2, 0.0, 5.0) and not auction.is_truthful(0.9, [None, 1.0], [0.0, 0.0], 2, 0.0, 5.0)  # never clicked
 
 
 def test_one_pass_prices_equal_two_calls_at_100_000_ads():
