@@ -95,7 +95,7 @@ def payments(run: Path, requests: int = 500, steps: int | None = None) -> dict[s
             "rule": name, "revenue, % of critical": 100 * revenue[name] / revenue["critical"], **{f"{key} %": 100 * own[key] for key in ("psi_exact", "psi_loser", "psi_paper")},
             "psi_exact %, independent": 100 * other["psi_exact"],
         })  # fmt: skip
-    return {"run": run.name, "requests": requests, "seed": config.seed, "table": rows}
+    return {"run": run.name, "requests": requests, "seed": config.seed, "steps": stage.steps, "table": rows}
 
 
 ON_RUN = {"bidders": bidders, "payments": payments}

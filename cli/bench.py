@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 
-def bench(name: str, out: Path | None, run: Path | None = None, plot: Path | None = None) -> int:
+def bench(name: str, out: Path | None, run: Path | None = None, plot: Path | None = None, steps: int | None = None) -> int:
     """Run a benchmark by name; some need the folder of a finished run."""
     from benchmarks.auctions import ON_RUN
     from benchmarks.speed import BENCHMARKS
@@ -16,10 +16,12 @@ def bench(name: str, out: Path | None, run: Path | None = None, plot: Path | Non
     from model.evaluation.evaluate import finite_only
     from model.evaluation.plots import lines_svg
 
+    if steps is not None and name != "payments":
+        raise ValueError(f"benchmark {name} takes no --steps; only payments trains anything")
     if name in ON_RUN:
         if run is None:
             raise ValueError(f"benchmark {name} measures a finished run: add --run RUN, e.g. the folder that `ega run config/quickstart.yaml` wrote")
-        result = ON_RUN[name](run)
+        result = ON_RUN[name](run) if steps is None else ON_RUN[name](run, steps=steps)
     elif name in BENCHMARKS:
         result = BENCHMARKS[name]()
     else:

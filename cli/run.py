@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 import time
 from datetime import datetime
@@ -187,10 +188,15 @@ def _finish(config: RunConfig, run_dir: Path, logs: Path, data: Path | None, sum
     say(f"report    {report}")
     if "experiment" in summary:
         say(f"          {summary['experiment']['report']}")
-    say(f"time      {seconds / 60:.1f} minutes")
+    say(f"time      {seconds / 60:.1f} minutes; largest process {_largest_process() / 1e9:.1f} GB")
     source = run_dir / "config.yaml"
     say(f"next      {'ega serve ' + str(source) if approved else 'change gates or training in the configuration and run again'}")
     return APPROVED if approved else REJECTED
+
+
+def _largest_process() -> int:
+    """Largest resident set of this process or any of its steps so far, bytes."""
+    return 1024 * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
 def _explain_failure(run_dir: Path, error: Exception) -> int:

@@ -79,7 +79,7 @@ def result_lines(run_dir: Path, summary: dict[str, Any]) -> list[str]:
         f"AUC (exposed + unexposed)     {number(ranking['auc'])}",
         f"Recall@{recall_k(ranking)} over the city       {number(ranking[f'recall_at_{recall_k(ranking)}'])}",
         f"AUC on exposed ads            set-aware {number(ranking['auc_exposed'])}, evaluator {number(ranking['auc_evaluator'])}",
-        f"calibration Dev               {number(ranking['dev'])}",
+        f"calibration Dev               {number(ranking['dev'])} (95 % interval of pCTR / CTR: {' to '.join(map(number, ranking['pctr_over_ctr_interval']))})",
         f"psi of {mode} prices".ljust(30) + f"{number(metrics['psi'][mode]['psi_exact_model'])} (independent evaluator {number(metrics['psi'][mode]['psi_exact'])})",
         f"eRPM, test days               {number(metrics['policies'][f'ega_v1/{mode}']['erpm'])} (incumbent {metrics['incumbent']})",
     ]

@@ -40,12 +40,14 @@ def recall_at(scores_RN: np.ndarray, targets: list[np.ndarray], k: int = 50) -> 
     return result
 
 
-def mean_and_interval(values: np.ndarray, users: np.ndarray, level: float = 1.959963984540054) -> tuple[float, float, float]:
-    """Mean over requests with an interval clustered by user (ratio of per-user sums, delta method)."""
+def mean_and_interval(values: np.ndarray, users: np.ndarray, level: float = 1.959963984540054, over: np.ndarray | None = None) -> tuple[float, float, float]:
+    """Mean over requests (or sum of `values` over sum of `over`) with an interval clustered by user (ratio of per-user sums, delta method)."""
     values = np.asarray(values, np.float64)
     _, index = np.unique(users, return_inverse=True)
-    total, count = np.bincount(index, values), np.bincount(index).astype(np.float64)
+    total, count = np.bincount(index, values), np.bincount(index, over).astype(np.float64)
     n = len(total)
+    if not count.sum() > 0:
+        return float("nan"), float("nan"), float("nan")
     mean = float(total.sum() / count.sum())
     if n < 2:
         return mean, float("nan"), float("nan")

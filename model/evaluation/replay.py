@@ -93,7 +93,7 @@ def replay(network: EgaV1, samples: Samples, config: EvaluationConfig, incumbent
     requests: list[pd.DataFrame] = []
     pages: list[pd.DataFrame] = []
     regret = {judge: {name: RegretOfRule() for name in PRICE_MODES} for judge in ("evaluation", "model")}
-    exposed: dict[str, list[np.ndarray]] = {name: [] for name in ("click", "set", "evaluator", "evaluation")}
+    exposed: dict[str, list[np.ndarray]] = {name: [] for name in ("click", "set", "evaluator", "evaluation", "user")}
     scatter: dict[str, list[np.ndarray]] = {"learned": [], "critical": [], "bid": []}
     recalls: list[np.ndarray] = []
     lies: dict[str, np.ndarray] = {}
@@ -134,6 +134,7 @@ def replay(network: EgaV1, samples: Samples, config: EvaluationConfig, incumbent
     per_request = pd.concat(requests, ignore_index=True)
     y, q = (np.concatenate(exposed[name]) for name in ("click", "evaluator"))
     base, other = (np.concatenate(exposed[name]) for name in ("set", "evaluation"))
+    _, low_level, high_level = mean_and_interval(q, np.concatenate(exposed["user"]), over=y)
     ranking = pretrain_metrics(network, samples, rows, 2 * config.batch)
     recall, low, high = mean_and_interval(*_with_users(np.concatenate(recalls), samples.user_id[np.sort(rows)]))
     metrics: dict[str, Any] = {
@@ -141,7 +142,7 @@ def replay(network: EgaV1, samples: Samples, config: EvaluationConfig, incumbent
         "ranking": {
             "auc": ranking["auc"], "auc_exposed_sampled": ranking["auc_exposed"], "auc_exposed": auc(y, base), "auc_evaluator": auc(y, q),
             "auc_evaluation_evaluator": auc(y, other), "log_loss_set": log_loss(y, base), "log_loss_evaluator": log_loss(y, q),
-            "dev": deviation(q, y), "dev_set": deviation(base, y), "dev_set_sampled": ranking["dev"],
+            "dev": deviation(q, y), "pctr_over_ctr_interval": [low_level, high_level], "dev_set": deviation(base, y), "dev_set_sampled": ranking["dev"],
             f"recall_at_{config.recall_at}": recall, f"recall_at_{config.recall_at}_interval": [low, high],
         },
         "policies": _policy_table(per_request),
@@ -193,6 +194,7 @@ def _logged(network: EgaV1, pool: Pool, samples: Samples, exposed: dict[str, lis
     ctr["set"] = torch.sigmoid(torch.gather(pool.click, 1, tensor.clamp(min=0))).double().numpy()
     shown = page >= 0
     exposed["click"].append(np.asarray(samples.click[rows, :slots])[shown])
+    exposed["user"].append(np.broadcast_to(np.asarray(samples.user_id[rows])[:, None], shown.shape)[shown])
     for name, value in ctr.items():
         exposed[name].append(value[shown])
     payment = np.nan_to_num(np.asarray(samples.exposed_payment[rows])) * shown
@@ -210,6 +212,7 @@ def _read(network: EgaV1, samples: Samples, rows: np.ndarray, exposed: dict[str,
     shown = data["mask"]
     page = [data[name] for name in PAGE_INPUTS]
     exposed["click"].append(data["click"][shown].numpy().astype(samples.click.dtype))
+    exposed["user"].append(np.broadcast_to(np.asarray(samples.user_id[rows])[:, None], shown.shape)[shown.numpy()])
     exposed["set"].append(torch.sigmoid(data["click_logit"])[shown].double().numpy())
     for name, evaluator in (("evaluator", network.evaluator), ("evaluation", network.evaluation_evaluator)):
         exposed[name].append(torch.sigmoid(evaluator(*page)[0])[shown].double().numpy())

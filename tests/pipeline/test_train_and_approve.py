@@ -83,6 +83,18 @@ def test_the_published_embeddings_are_the_models_city_states(approved: Run) -> N
     assert version == bundle.version and np.array_equal(matrix, states[0].numpy())
 
 
+def test_the_rules_of_pricing_are_compared_on_a_finished_run(approved: Run, tmp_path: Path) -> None:
+    code, out = ega(approved.home, "bench", "payments", "--run", str(approved.folder), "--steps", "2", "--out", str(tmp_path / "payments.json"))
+    assert code == 0, out
+    rows = {row["rule"]: row for row in json.loads((tmp_path / "payments.json").read_text())["table"]}
+    assert {"first price", "GSP", "VCG", "critical", "network literal, rate, lagrangian", "network aware, critical, log_budget"} <= rows.keys()
+    assert rows["critical"]["revenue, % of critical"] == pytest.approx(100.0) and rows["first price"]["psi_exact %"] is None  # no utility to divide by
+    assert 0.0 <= rows["critical"]["psi_exact %"] < rows["GSP"]["psi_exact %"] and rows["critical"]["psi_loser %"] == pytest.approx(0.0, abs=1e-6)
+    code, out = ega(approved.home, "bench", "bidders", "--run", str(approved.folder), "--plot", str(tmp_path / "bidders.svg"))
+    assert code == 0, out
+    assert (tmp_path / "bidders.svg").read_text().startswith("<svg")
+
+
 def test_gates_that_nothing_can_pass_reject_with_exit_code_3_and_leave_the_store_alone(approved: Run, tmp_path: Path) -> None:
     config = yaml.safe_load((ROOT / "config" / "ci.yaml").read_text())
     config["gates"] = {"psi_limit": -1.0, "minimum_lift": 1e9}

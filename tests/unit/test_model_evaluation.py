@@ -91,6 +91,20 @@ def test_interval_of_one_user_is_unknown() -> None:
     assert mean == 2.0 and np.isnan(low) and np.isnan(high)
 
 
+def test_interval_of_a_ratio() -> None:
+    rng = np.random.default_rng(5)
+    users = rng.integers(0, 400, 4000)
+    clicks = (rng.random(4000) < 0.1).astype(float)
+    ratio, low, high = mean_and_interval(np.full(4000, 0.095), users, over=clicks)
+    assert ratio == pytest.approx(0.095 * 4000 / clicks.sum()) and low < ratio < high
+    totals = np.bincount(users, clicks, minlength=400)
+    counts = np.bincount(users, minlength=400)
+    drawn = rng.integers(0, 400, (4000, 400))
+    replicated = 0.095 * counts[drawn].sum(1) / totals[drawn].sum(1)
+    assert (high - low) / 2 == pytest.approx(1.96 * replicated.std(), rel=0.06)
+    assert np.isnan(mean_and_interval(np.ones(2), np.array([1, 2]), over=np.zeros(2))).all()
+
+
 def test_positions_of_rows_among_the_candidates() -> None:
     rows = np.array([2, 5, 9, 14, -1, -1])
     np.testing.assert_array_equal(positions_of(rows, np.array([9, 2, 3, -1, 99, 14])), [2, 0, 3])
