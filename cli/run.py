@@ -150,19 +150,23 @@ def _truth(run_dir: Path) -> dict[str, Any]:
     """What the market's hidden truth says of the replayed pages, and the paired lifts that matter."""
     import pandas as pd
 
+    from marketplace.oracle import limits, shares
     from marketplace.truth import paired_lift, score_pages, summarise
     from marketplace.worlds import World
     from model.bundle import write_atomic
 
     metrics = json.loads((run_dir / "evaluation" / "metrics.json").read_text())
     pages = pd.read_parquet(run_dir / "evaluation" / "pages.parquet")
-    scored = score_pages(World.load(run_dir / "world"), pages)
+    world = World.load(run_dir / "world")
+    scored = score_pages(world, pages)
+    requests = scored["request_id"].unique()
     mode = metrics["price_mode"]
     pairs = [(f"separable/{name}", f"ega_v1/{name}", metric) for name in ("critical", "gsp") for metric in ("revenue", "clicks", "welfare")]
     pairs.append(("logged", f"ega_v1/{mode}", "revenue"))
     result = {
         "policies": summarise(scored),
         "lifts": [{"control": a, "treatment": b, "metric": metric, **paired_lift(scored, a, b, metric)} for a, b, metric in pairs],
+        "limits": shares(scored, requests, limits(world, requests), "logged"),
     }
     write_atomic(run_dir / "evaluation" / "truth.json", json.dumps(result, indent=1, default=float).encode())
     return result

@@ -172,6 +172,14 @@ class World:
         """The users of request ids."""
         return self._user["user_id"][self._request["user_row"][self.request_rows(request_ids)]]
 
+    def active_ads(self, request_ids: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Groups of the given requests [R] that share a city and a day: (positions in the argument, ids of the ads active there and then)."""
+        rows = self.request_rows(request_ids)
+        city, day = self._request["city_id"][rows], self._request["day_row"][rows]
+        for key in np.unique(np.stack([city, day], axis=1), axis=0):
+            active = self._active_DA[key[1]] & (self._ad["city_id"] == key[0])
+            yield np.flatnonzero((city == key[0]) & (day == key[1])), self._ad["ad_id"][active]
+
     def truth(self, requests: pd.DataFrame, ad_ids: np.ndarray) -> Truth:
         """p, c and values for requests of this world (by their request_id) and ads of this world.
 

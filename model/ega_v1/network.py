@@ -362,7 +362,7 @@ class Generator(nn.Module):
 class Evaluator(nn.Module):
     """Permutation-aware evaluator (Eq. 18): pCTR and pCVR of every ad of a page, given the page.
 
-    Reads (h_i, e_u, and without `examination` the slot) through self-attention over the K ads and starts at the set-aware logits: it
+    Reads h_i, and without `examination` e_u and the slot, through self-attention over the K ads and starts at the set-aware logits: it
     learns what the page adds. Never reads a bid.
 
     Beyond the paper (`examination`): logit_k also gains sum_{j<k} g_j, g < 0, because people read from the top and what an
@@ -370,7 +370,8 @@ class Evaluator(nn.Module):
     its own for every ad and every category beside a linear reading of h: h was trained to say who clicks an ad, not what an ad
     does to its neighbours. Attention alone finds the same in principle, but from ten thousand clicks it learns noise that
     stage 3 then exploits, so beside this term it is damped and does not read the slot: attention says what the company does, g what
-    the order does (docs/model.md). g < 0 keeps the order's part falling down the page, which truthful prices need.
+    the order does (docs/model.md). g < 0 keeps the order's part falling down the page, which truthful prices need. Nor does it read
+    e_u: h knows the user, and e_u holds the weekday, from which it learned to add or take some per cent on whole days.
     """
 
     EXAMINATION_GAIN, EXAMINATION_START = 40.0, -1.5
@@ -383,7 +384,7 @@ class Evaluator(nn.Module):
         super().__init__()
         width = config.width
         self.slot = None if config.examination else nn.Embedding(config.slots, width)
-        self.join = nn.Linear((2 if config.examination else 3) * width, width)
+        self.join = nn.Linear((1 if config.examination else 3) * width, width)
         self.blocks = nn.ModuleList(SelfAttentionBlock(width, config.heads, config.feed_forward) for _ in range(config.auction_blocks))
         self.norm = nn.LayerNorm(width)
         self.click = MLP(width, config.head_hidden, 1, zero_last=True)
@@ -402,9 +403,9 @@ class Evaluator(nn.Module):
         """Logits of pCTR and pCVR, [B, K] each; codes are the PAGE_CODES of the ads."""
         slots = h_BKD.shape[1]
         h_BKD = F.layer_norm(h_BKD, h_BKD.shape[-1:])  # explicit crosses are added behind RecFormer's own norm and can be large
-        parts = [h_BKD, user_BD.unsqueeze(1).expand(-1, slots, -1)]
+        parts = [h_BKD]
         if self.slot is not None:
-            parts.append(self.slot(torch.arange(slots, device=h_BKD.device)).expand(h_BKD.shape[0], -1, -1))
+            parts += [user_BD.unsqueeze(1).expand(-1, slots, -1), self.slot(torch.arange(slots, device=h_BKD.device)).expand(h_BKD.shape[0], -1, -1)]
         x = self.join(torch.cat(parts, -1))
         # A page shorter than K leaves masked tokens; a row without any ad attends to itself and is ignored by the caller.
         attend = mask_BK | ~mask_BK.any(1, keepdim=True)

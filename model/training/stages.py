@@ -66,7 +66,7 @@ class RewardConfig(LoopConfig):
     validate_every: int = Field(50, ge=1)
     """Steps between validations."""
     requests: int = Field(8000, ge=0)
-    """Training requests used, newest first; 0: all."""
+    """Training requests used, spread over its days; 0: all."""
 
 
 @config_dataclass(frozen=True, config=_STRICT)
@@ -427,13 +427,13 @@ def train_reward(
     network: EgaV1, samples: Samples, config: RewardConfig, which: Literal["reward", "evaluation"], folder: Path, device: Device,
     fingerprint: dict[str, Any],
 ) -> StageResult:
-    """Stage 2 (Eq. 21). The two evaluators learn from alternate training days, so their errors are not shared."""
+    """Stage 2 (Eq. 21). The two evaluators learn from alternate training days, all of them, so their errors are not shared."""
     parameters = network.enter_stage(which)
     evaluator: Evaluator = network.evaluator if which == "reward" else network.evaluation_evaluator
     train = samples.split_rows(schema.TRAIN)
     days = np.unique(samples.day[train])
     mine = days[(0 if which == "reward" else 1) :: 2] if len(days) > 1 else days
-    rows = newest(train[np.isin(samples.day[train], mine)], config.requests)
+    rows = spread(train[np.isin(samples.day[train], mine)], config.requests or len(train))
     # Among the whole city, as the policy's pages will be seen: an evaluator trained among sampled candidates misjudged those by a quarter.
     data = encode_exposed(network, samples, rows, whole_city=True)
     check = encode_exposed(network, samples, spread(samples.split_rows(schema.VALIDATION), config.validation_requests), whole_city=True)
