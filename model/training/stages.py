@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from marketplace import schema
 from model.ega_v1.mechanism import Bidding, Pages, Pool, allocate, learned_prices, page_logits, truthful, try_bids
-from model.ega_v1.network import PAGE_COLUMNS, Batch, EgaV1, Evaluator, NetworkConfig, allocation_scores
+from model.ega_v1.network import AD_COLUMNS, PAGE_COLUMNS, Batch, EgaV1, Evaluator, NetworkConfig, allocation_scores
 from model.evaluation.metrics import auc, deviation, log_loss
 from model.layers import take
 from model.training.data import City, Samples, TrainingBatch, geo_table, vocabulary_sizes
@@ -43,6 +43,9 @@ class PretrainConfig(LoopConfig):
     """How sampled unexposed candidates are corrected: subtract their log inclusion probability, or not at all."""
     slot_bias: bool = True
     """Beyond the paper: exposed ads get a learned term for their slot, so that q is not credited with what the slot did."""
+    hidden_ids: float = Field(0.05, ge=0, lt=1)
+    """Probability that an ad's id, its advertiser or its place is hidden in a step, each by itself: the rows of unknown ids learn what a
+    new ad is worth. Without it their random start decides."""
     calibration_requests: int = Field(800, ge=1)
     """Validation requests, spread over time, seen among the whole city when the level of pCTR is set after training."""
 
@@ -63,6 +66,8 @@ class RewardConfig(LoopConfig):
     """Decoupled weight decay; clicks are few and an evaluator that learns noise is what RLAF exploits."""
     examination_deviation: float = Field(1.0, gt=0)
     """Standard deviation, in logits, of the Gaussian prior on every weight of the examination term."""
+    hidden_ids: float = Field(0.05, ge=0, lt=1)
+    """As in stage 1, of the ids that the examination term reads."""
     validate_every: int = Field(50, ge=1)
     """Steps between validations."""
     requests: int = Field(8000, ge=0)
@@ -179,6 +184,21 @@ def pretrain_loss(network: EgaV1, batch: TrainingBatch, config: PretrainConfig) 
     return total
 
 
+HIDDEN_TOGETHER = (("ad", "creative"), ("advertiser",), ("poi",))
+"""Ad fields that are new together."""
+
+
+def hide_ids(ad_fields_BNF: Tensor, rate: float, noise: torch.Generator) -> Tensor:
+    """A copy in which each of HIDDEN_TOGETHER is UNKNOWN with probability `rate`, by request and ad; padding stays."""
+    fields = ad_fields_BNF.clone()
+    for names in HIDDEN_TOGETHER:
+        hidden = torch.rand(fields.shape[:-1], generator=noise) < rate
+        for name in names:
+            column = AD_COLUMNS.index(name)
+            fields[..., column] = torch.where(hidden & (fields[..., column] >= schema.FIRST_CODE), schema.UNKNOWN, fields[..., column])
+    return fields
+
+
 def in_slot(network: EgaV1, logit_BM: Tensor) -> Tensor:
     """Logits of samples with `EgaV1.slot_logits` added to their first K columns, which hold the exposed ads in slot order."""
     return logit_BM + F.pad(network.slot_logits(), (0, logit_BM.shape[1] - network.config.slots))
@@ -216,8 +236,10 @@ def pretrain(network: EgaV1, samples: Samples, config: PretrainConfig, folder: P
     check = newest(samples.split_rows(schema.VALIDATION), config.validation_requests)
 
     def step(chosen: np.ndarray, noise: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        batch = samples.batch(chosen)
+        batch.inputs.ad_fields = hide_ids(batch.inputs.ad_fields, config.hidden_ids, noise)
         with device.autocast():
-            return pretrain_loss(network, samples.batch(chosen), config), {}
+            return pretrain_loss(network, batch, config), {}
 
     result = run_stage(
         "pretrain", network, parameters, config, rows, step, lambda: pretrain_metrics(network, samples, check, config.batch), folder,
@@ -442,7 +464,9 @@ def train_reward(
     def step(chosen: np.ndarray, noise: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         i = torch.from_numpy(chosen)
         mask = data["mask"][i]
-        click, purchase = evaluator(*(data[name][i] for name in PAGE_INPUTS))
+        page = {name: data[name][i] for name in PAGE_INPUTS}
+        page["codes"] = torch.where(torch.rand(page["codes"].shape, generator=noise) < config.hidden_ids, page["codes"].clamp(max=schema.UNKNOWN), page["codes"])
+        click, purchase = evaluator(*page.values())
         loss = _masked_bce(click, data["click"][i], mask) + config.purchase_weight * _masked_bce(purchase, data["purchase"][i], mask)
         return loss + evaluator.examination_prior(config.examination_deviation) / impressions, {}
 

@@ -34,6 +34,7 @@ from model.training.stages import (
     encode_exposed,
     generator_scores,
     greedy_page,
+    hide_ids,
     in_slot,
     intercept_shift,
     logged_pages,
@@ -655,3 +656,19 @@ def test_payment_score_is_honesty_first_then_revenue() -> None:
     loose = payment_metrics(network, pool, replace(TRAINING.payment, psi_target=10.0))
     assert strict["psi"] == loose["psi"] > 0
     assert strict["score"] == pytest.approx(-strict["psi"] / 1e-6) and loose["score"] == loose["revenue_share"] > 1
+
+
+def test_hidden_ids_are_unknown_and_nothing_else_changes() -> None:
+    fields = torch.randint(schema.FIRST_CODE, 40, (50, 60, len(schema.AD_FIELDS)), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    fields[:, 55:] = schema.PADDING
+    before = fields.clone()
+    hidden = hide_ids(fields, 0.2, torch.Generator().manual_seed(1))
+    assert torch.equal(fields, before)
+    changed = hidden != before
+    assert (hidden[changed] == schema.UNKNOWN).all() and not changed[:, 55:].any()
+    share = {field.name: changed[:, :55, column].float().mean().item() for column, field in enumerate(schema.AD_FIELDS)}
+    assert {name for name, value in share.items() if value} == {"ad", "creative", "advertiser", "poi"}
+    assert all(0.16 < value < 0.24 for value in share.values() if value)
+    names = [field.name for field in schema.AD_FIELDS]
+    assert torch.equal(changed[..., names.index("ad")], changed[..., names.index("creative")]) and not torch.equal(changed[..., names.index("ad")], changed[..., names.index("poi")])
+    assert torch.equal(hide_ids(fields, 0.0, torch.Generator()), before)
