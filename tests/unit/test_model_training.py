@@ -224,13 +224,14 @@ _PROCESSES.set_forkserver_preload(["model.training.run"])
 def two_stages(root: Path, variables: dict[str, str]) -> None:
     """What every process of torchrun would run."""
     os.environ.update(variables)
-    config = replace(TRAINING, reward=replace(TRAINING.reward, steps=4, validate_every=2, requests=120))
+    config = replace(TRAINING, reward=replace(TRAINING.reward, steps=4, validate_every=2, requests=120, hidden_ids=0.0))
     for stage in ("pretrain", "reward"):
         train_stage(stage, root / "samples", NETWORK, config, root / "stages", root / "checkpoints", 5)
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
-    """The variables torchrun sets; gloo on the loopback. Stage 1 is given, so that stage 2 compares step for step."""
+    """The variables torchrun sets; gloo on the loopback. Stage 1 is given and no ids are hidden (each process hides its own), so that
+    stage 2 compares step for step."""
     one, two = tmp_path / "one", tmp_path / "two"
     for root in (one, two):
         tiny_samples(root / "samples", requests=240, ads=30, unexposed=8)
