@@ -93,9 +93,22 @@ def generator(impressions: int = 1_000_000) -> dict[str, Any]:
     return {"rows": manifest.get("rows"), "build_seconds": built - start, "total_seconds": seconds}
 
 
+def oracle(requests: int = 1_000, ads: int = 3_000, slots: int = 5) -> dict[str, Any]:
+    """Limits of a market: best pages and VCG of `requests` pages over `ads` ads, p, c and values drawn."""
+    from marketplace.oracle import best_pages, vcg_revenue
+
+    rng = np.random.default_rng(0)
+    gain, continuation = rng.beta(2, 30, (requests, ads)) * rng.lognormal(0, 0.85, ads), rng.uniform(0.5, 0.97, (requests, ads))
+    return {
+        "best_pages_seconds": _seconds(lambda: best_pages(gain, continuation, slots), 1),
+        "with_vcg_seconds": _seconds(lambda: vcg_revenue(gain, continuation, slots), 1),
+    }
+
+
 BENCHMARKS: dict[str, Callable[[], dict[str, Any]]] = {
     "cluster-attention": cluster_attention,
     "auction": auction,
     "sampling": sampling,
     "generator": generator,
+    "oracle": oracle,
 }

@@ -16,6 +16,7 @@ def test_benchmarks_report_finite_figures() -> None:
         speed.auction(ads=500, runs=1),
         speed.sampling(requests=50, ads=200, unexposed=10),
         speed.generator(impressions=5_000),
+        speed.oracle(requests=5, ads=50),
     ]
     for result in results:
         assert all(math.isfinite(value) and value > 0 for value in result.values() if isinstance(value, float))
