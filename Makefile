@@ -44,7 +44,7 @@ run: $(STAMP)  ## the whole workflow on CONFIG: logs, features, training, gates,
 # One file stays in one worker: its fixtures are made once.
 test: export OMP_NUM_THREADS := 1
 test: $(STAMP)  ## the ordinary test suite
-	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 soak: export OMP_NUM_THREADS := 1
 soak: $(STAMP)  ## the long proofs that `make test` leaves out; run it alone on the machine

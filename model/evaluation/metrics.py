@@ -51,5 +51,6 @@ def mean_and_interval(values: np.ndarray, users: np.ndarray, level: float = 1.95
     mean = float(total.sum() / count.sum())
     if n < 2:
         return mean, float("nan"), float("nan")
-    half = level * float(np.std((total - mean * count) / count.mean(), ddof=1)) / np.sqrt(n)
+    with np.errstate(invalid="ignore"):  # a value that is not finite has no interval
+        half = level * float(np.std((total - mean * count) / count.mean(), ddof=1)) / np.sqrt(n)
     return mean, mean - half, mean + half

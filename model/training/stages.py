@@ -119,7 +119,7 @@ class PaymentConfig(LoopConfig):
     """lambda at the start, one a slot."""
     budget: tuple[float, float] = (0.05, 0.001)
     """Of log_budget: regret over revenue allowed at the first step and at the last, falling geometrically."""
-    psi_target: float = Field(0.01, gt=0)
+    psi_target: float = Field(0.005, gt=0)
     """Regret over utility at which revenue starts to decide which weights are kept."""
     misreports: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 0.9, 1.1, 1.2, 1.5, 2.0)
     """gamma, bids tried as factors of the value; the regenerated page decides what they win."""
