@@ -29,7 +29,7 @@ def ega(home: Path, *arguments: str) -> tuple[int, str]:
     """Run the command line as a user would; returns exit code and everything it printed."""
     environment = {**os.environ, "EGA_HOME": str(home), "OMP_NUM_THREADS": "1"}
     environment.pop("EGA_SIGNING_KEY", None)
-    done = subprocess.run([sys.executable, "-m", "cli.main", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run([sys.executable, "-m", "cli.main", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
     return done.returncode, done.stdout + done.stderr
 
 
