@@ -45,9 +45,8 @@ def broken_invariant(page: PricedPage, bids: np.ndarray, reserves: np.ndarray, e
         return "length"
     if not (np.isfinite(page.propensity) & (page.propensity > 0) & (page.propensity <= 1)).all():
         return "propensity"
-    for slot, (row, price) in enumerate(zip(page.rows, page.price, strict=True), start=1):
-        if page.price_mode == "critical":
-            basis = page.basis[slot - 1]
+    if page.price_mode == "critical":
+        for slot, (row, price, basis) in enumerate(zip(page.rows, page.price, page.basis, strict=True), start=1):
             if not is_truthful(float(price), basis["theta"], basis["slot_ctr"], slot, float(reserves[row]), float(bids[row]), basis["currency_step"]):
                 return "price_not_truthful"
     return None

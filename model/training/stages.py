@@ -300,8 +300,8 @@ def newest(rows: np.ndarray, count: int) -> np.ndarray:
 
 
 def spread(rows: np.ndarray, count: int) -> np.ndarray:
-    """`count` of the rows, evenly over time: a level that stands on one day would stand on that day's chance."""
-    return rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int))] if len(rows) else rows
+    """`count` of the rows, evenly over time, all when count is 0: what stands on one day would stand on that day's chance."""
+    return rows[np.linspace(0, len(rows) - 1, count).astype(int)] if 0 < count < len(rows) else rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -455,7 +455,7 @@ def train_reward(
     train = samples.split_rows(schema.TRAIN)
     days = np.unique(samples.day[train])
     mine = days[(0 if which == "reward" else 1) :: 2] if len(days) > 1 else days
-    rows = spread(train[np.isin(samples.day[train], mine)], config.requests or len(train))
+    rows = spread(train[np.isin(samples.day[train], mine)], config.requests)
     # Among the whole city, as the policy's pages will be seen: an evaluator trained among sampled candidates misjudged those by a quarter.
     data = encode_exposed(network, samples, rows, whole_city=True)
     check = encode_exposed(network, samples, spread(samples.split_rows(schema.VALIDATION), config.validation_requests), whole_city=True)

@@ -236,6 +236,18 @@ def test_evaluator_reads_the_page_and_nothing_behind_its_end() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("examination", [True, False])
+def test_the_user_vector_is_read_in_the_papers_form_only(examination: bool) -> None:
+    """e_u holds the weekday, and logs hold few days."""
+    network = tiny_network(noise=0.5, examination=examination)
+    pool = random_pool(network, padded=False)
+    page = torch.tensor([3, 1, 4, 7, 2]).expand(12, -1)
+    before = page_logits(network.evaluator, pool, page)[0]
+    pool.user = pool.user + 1.0
+    assert torch.equal(page_logits(network.evaluator, pool, page)[0], before) == examination
+
+
+@torch.no_grad()
 def test_examination_is_the_sum_over_the_ads_above() -> None:
     network = tiny_network(noise=0.5)
     evaluator = network.evaluator

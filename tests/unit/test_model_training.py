@@ -673,3 +673,11 @@ def test_hidden_ids_are_unknown_and_nothing_else_changes() -> None:
     names = [field.name for field in schema.AD_FIELDS]
     assert torch.equal(changed[..., names.index("ad")], changed[..., names.index("creative")]) and not torch.equal(changed[..., names.index("ad")], changed[..., names.index("poi")])
     assert torch.equal(hide_ids(fields, 0.0, torch.Generator()), before)
+
+
+def test_spread_covers_the_whole_time() -> None:
+    rows = np.arange(100, 200)
+    assert spread(rows, 0).tolist() == spread(rows, 100).tolist() == spread(rows, 500).tolist() == rows.tolist()
+    few = spread(rows, 7)
+    assert len(set(few.tolist())) == 7 and few[0] == 100 and few[-1] == 199 and np.ptp(np.diff(few)) <= 1
+    assert spread(rows[:0], 5).tolist() == []
