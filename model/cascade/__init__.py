@@ -1,0 +1,1 @@
+"""The multi-stage cascade that EGA-V1 is compared with: recall, pre-rank, rank."""
