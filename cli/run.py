@@ -154,6 +154,7 @@ def _truth(run_dir: Path) -> dict[str, Any]:
     from marketplace.truth import paired_lift, score_pages, summarise
     from marketplace.worlds import World
     from model.bundle import write_atomic
+    from model.evaluation.replay import SEPARABLE
 
     metrics = json.loads((run_dir / "evaluation" / "metrics.json").read_text())
     pages = pd.read_parquet(run_dir / "evaluation" / "pages.parquet")
@@ -161,8 +162,9 @@ def _truth(run_dir: Path) -> dict[str, Any]:
     scored = score_pages(world, pages)
     requests = scored["request_id"].unique()
     mode = metrics["price_mode"]
-    pairs = [(f"separable/{name}", f"ega_v1/{name}", metric) for name in ("critical", "gsp") for metric in ("revenue", "clicks", "welfare")]
-    pairs.append(("logged", f"ega_v1/{mode}", "revenue"))
+    mine, both = metrics["policy"], SEPARABLE + "/gsp" in metrics["policies"]
+    pairs = [(f"{SEPARABLE}/{name}", f"{mine}/{name}", metric) for name in ("critical", "gsp") for metric in ("revenue", "clicks", "welfare") if both]
+    pairs.append(("logged", f"{mine}/{mode}", "revenue"))
     result = {
         "policies": summarise(scored),
         "lifts": [{"control": a, "treatment": b, "metric": metric, **paired_lift(scored, a, b, metric)} for a, b, metric in pairs],

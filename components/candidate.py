@@ -16,7 +16,7 @@ from model.ega_v1.network import NetworkConfig
 from model.evaluation.evaluate import bundle_candidate, evaluate_candidate, finite_only
 from model.evaluation.gates import GateConfig
 from model.evaluation.plots import calibration_svg, lies_svg, page, price_scatter_svg, roc_curve, roc_svg, table
-from model.evaluation.replay import EvaluationConfig, Incumbent
+from model.evaluation.replay import SEPARABLE, EvaluationConfig, Incumbent
 from model.training.stages import TrainingConfig
 
 
@@ -24,8 +24,8 @@ from model.training.stages import TrainingConfig
 class CandidateConfig:
     """What judging a candidate needs to know."""
 
-    network: NetworkConfig = Field(default_factory=NetworkConfig)
-    """Sizes and switches."""
+    model: NetworkConfig = Field(default_factory=NetworkConfig)
+    """Kind, sizes and switches."""
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     """How it was trained."""
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
@@ -58,12 +58,12 @@ def judge_candidate(samples: Path, logs: Path, run_dir: Path, home: Path, config
     if incumbent is not None and incumbent.version == weights[:12]:
         incumbent = None
     metrics = evaluate_candidate(
-        samples, run_dir / "stages", parsed.network, parsed.training, parsed.evaluation, parsed.gates, run_dir / "evaluation", seed, incumbent
+        samples, run_dir / "stages", parsed.model, parsed.training, parsed.evaluation, parsed.gates, run_dir / "evaluation", seed, incumbent
     )
     counting_baselines(logs, samples, run_dir, parsed, seed)
     info = json.loads((samples / "samples.json").read_text())
     provenance = {"run": run_dir.name, "data_hash": info["data_hash"], "code_version": code_version, "seed": seed}
-    version = bundle_candidate(samples, run_dir / "stages", parsed.network, metrics, provenance, run_dir / "bundle", seed, key)
+    version = bundle_candidate(samples, run_dir / "stages", parsed.model, metrics, provenance, run_dir / "bundle", seed, key)
     if version != weights[:12]:
         raise BundleError(f"the evaluated weights {version} are not the trained ones {weights[:12]}")
     gates = {gate["name"]: {name: value for name, value in gate.items() if name != "name"} for gate in metrics["gates"]}
@@ -74,7 +74,7 @@ def judge_candidate(samples: Path, logs: Path, run_dir: Path, home: Path, config
 
 
 def counting_baselines(logs: Path, samples_folder: Path, run_dir: Path, config: CandidateConfig, seed: int, most: int = 1000) -> list[dict[str, Any]]:
-    """AUC on sampled candidates and Recall@k over the whole city, of EGA-V1 and of counting baselines (EVALUATION.md, next-poi).
+    """AUC on sampled candidates and Recall@k over the whole city, of the model and of counting baselines (EVALUATION.md, next-poi).
 
     For validation and test days, at most `most` newest requests each. Counting scores use all behaviours before a request, not only the
     L that the model reads, and ties go by popularity: the strongest form of each baseline. Writes <run_dir>/evaluation/baselines.json.
@@ -88,11 +88,11 @@ def counting_baselines(logs: Path, samples_folder: Path, run_dir: Path, config: 
     from model.evaluation.metrics import auc, mean_and_interval, recall_at
     from model.evaluation.replay import pools_of, positions_of
     from model.training.data import Samples
-    from model.training.run import STAGES, load_stage
+    from model.training.run import load_final
     from model.training.stages import newest
 
     samples = Samples(samples_folder)
-    network = load_stage(STAGES[-1], samples, config.network, run_dir / "stages", seed)
+    network = load_final(samples, config.model, run_dir / "stages", seed)
     behaviours, requests = read_table(logs, "behaviours"), read_table(logs, "requests").set_index("request_id", drop=False)
     ads = read_table(logs, "ads").drop_duplicates("ad_id").set_index("ad_id")
     pois = ads.loc[np.asarray(samples.ad_id), "poi_id"].to_numpy()
@@ -111,7 +111,7 @@ def counting_baselines(logs: Path, samples_folder: Path, run_dir: Path, config: 
         candidate = np.asarray(samples.candidate[rows])
         active = np.stack([np.isfinite(samples.bid[d]) & (np.asarray(samples.ad_city) == c) for d, c in zip(samples.day[rows], samples.city_code[rows], strict=True)])
         clicks, users = np.asarray(samples.click[rows]), np.asarray(samples.user_id[rows])
-        for label, score in {**scores, "ega_v1": model}.items():
+        for label, score in {**scores, config.model.kind: model}.items():
             inside = candidate >= 0
             picked = np.take_along_axis(score, np.maximum(candidate, 0), 1)
             recalls = recall_at(np.where(active, score, -np.inf), [positions_of(np.arange(len(pois)), np.asarray(t)) for t in samples.target[rows]], k)
@@ -125,9 +125,10 @@ def counting_baselines(logs: Path, samples_folder: Path, run_dir: Path, config: 
 def flat_metrics(metrics: dict[str, Any]) -> dict[str, float]:
     """The figures a pipeline UI shows; values that could not be measured are left out."""
     mode = metrics["price_mode"]
+    policy = f"{metrics['policy']}/{mode}"
     flat = {name: metrics["ranking"][name] for name in ("auc", "auc_exposed", "auc_evaluator", "dev")}
     flat |= {name: value for name, value in metrics["ranking"].items() if name.startswith("recall_at") and not name.endswith("interval")}
-    flat |= {"ectr_percent": metrics["policies"][f"ega_v1/{mode}"]["ectr_percent"], "erpm": metrics["policies"][f"ega_v1/{mode}"]["erpm"]}
+    flat |= {"ectr_percent": metrics["policies"][policy]["ectr_percent"], "erpm": metrics["policies"][policy]["erpm"]}
     flat |= {name: metrics["psi"][mode][name] for name in ("psi_exact_model", "psi_exact", "psi_loser")}
     return {name: float(value) for name, value in flat.items() if value is not None and np.isfinite(value)}
 
@@ -156,8 +157,8 @@ def candidate_sections(run_dir: Path, truth: dict[str, Any] | None = None) -> li
     mode = metrics["price_mode"]
     gates = [(g["name"].replace("_", " "), "approved" if g["approved"] else "rejected", g["reason"]) for g in metrics["gates"]]
     moved = [(m["stage"], m["what"], m["where"], m["before"], m["after"], "yes" if m["improved"] else "no") for m in metrics["moved"]]
-    for rule in ("critical", "gsp") if truth else ():
-        before, after = (truth["policies"][f"{policy}/{rule}"]["erpm_per_1000_requests"]["mean"] for policy in ("separable", "ega_v1"))
+    for rule in ("critical", "gsp") if truth and SEPARABLE + "/gsp" in metrics["policies"] else ():
+        before, after = (truth["policies"][f"{policy}/{rule}"]["erpm_per_1000_requests"]["mean"] for policy in (SEPARABLE, metrics["policy"]))
         moved.append(("rlaf", f"TRUE eRPM at {rule} prices: q*b ranking (affinity zero), generator", "test, market truth", before, after, "yes" if after > before else "no"))
     policies = [
         (name, p["ectr_percent"], p["erpm"], f"{p['erpm_interval'][0]:.4g} to {p['erpm_interval'][1]:.4g}", p["bid_value_per_1000"])
@@ -176,7 +177,7 @@ def candidate_sections(run_dir: Path, truth: dict[str, Any] | None = None) -> li
         ("Ranking and calibration", table(("measure", "value"), ranking)),
         ("Calibration on exposed test ads", calibration_svg(data["exposed_click"], data["exposed_pctr"])),
         ("ROC on exposed test ads", roc_svg(data["exposed_click"], data["exposed_pctr"])),
-        ("Learned price against truthful price", price_scatter_svg(data["critical"], data["learned"])),
+        *([("Learned price against truthful price", price_scatter_svg(data["critical"], data["learned"]))] if "learned" in data else []),
     ]  # fmt: skip
 
 
@@ -199,7 +200,7 @@ def publish_embeddings(run_dir: Path, home: Path, tag: str) -> tuple[Path, int]:
     bundle, samples = load_bundle(run_dir / "bundle", key), Samples(run_dir / "samples")
     fields = torch.from_numpy(np.array(samples.ad_fields)).long()
     active = np.isfinite(samples.bid[-1])
-    states = np.zeros((len(fields), bundle.network.config.width), np.float32)
+    states = np.zeros((len(fields), bundle.network.state_width), np.float32)
     with torch.inference_mode():
         for city in np.unique(samples.city_code):
             rows = np.flatnonzero((np.asarray(samples.ad_city) == city) & active)

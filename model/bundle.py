@@ -23,11 +23,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from model.ega_v1.network import EgaV1, NetworkConfig, VocabularySizes
+from model.ega_v1.network import NetworkConfig, RankingModel, VocabularySizes
+from model.kinds import STAGES, create
 
 FILES = ("model.safetensors", "config.json", "vocab.json", "gates.json")
 MAX_FILE_BYTES = 8 << 30
-KIND = "ega_v1"
 
 
 class BundleError(ValueError):
@@ -126,7 +126,7 @@ class Bundle:
     """A verified model: `version` is the first 12 hex digits of the weights' sha256."""
 
     version: str
-    network: EgaV1
+    network: RankingModel
     vocabulary: dict[str, list[int]]
     config: dict[str, Any]
     gates: dict[str, Any]
@@ -140,13 +140,13 @@ def state_bytes(network: torch.nn.Module) -> bytes:
 
 
 def write_bundle(
-    folder: Path, network: EgaV1, vocabulary: dict[str, list[int]], gates: dict[str, Any], provenance: dict[str, Any], key: bytes
+    folder: Path, network: RankingModel, vocabulary: dict[str, list[int]], gates: dict[str, Any], provenance: dict[str, Any], key: bytes
 ) -> str:
     """Write and sign a bundle; returns its version. The folder appears whole or not at all; an existing one is replaced."""
     folder = Path(folder)
     weights = state_bytes(network)
     digest = hashlib.sha256(weights).hexdigest()
-    config = {"kind": KIND, "network": TypeAdapter(NetworkConfig).dump_python(network.config, mode="json"), "sizes": asdict(network.sizes)}
+    config = {"kind": network.config.kind, "network": TypeAdapter(NetworkConfig).dump_python(network.config, mode="json"), "sizes": asdict(network.sizes)}
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -154,7 +154,7 @@ def write_bundle(
     for name, data in contents.items():
         write_atomic(part / name, data)
     files = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in contents.items()}
-    manifest = {"format": 1, "kind": KIND, "version": digest[:12], "files": files, "provenance": provenance}
+    manifest = {"format": 1, "kind": network.config.kind, "version": digest[:12], "files": files, "provenance": provenance}
     write_atomic(part / "manifest.json", canonical(sign_json(manifest, key)))
     if folder.exists():
         shutil.rmtree(folder)
@@ -180,7 +180,7 @@ def verify_bundle(folder: Path, key: bytes) -> dict[str, Any]:
         manifest = verify_json(json.loads((folder / "manifest.json").read_bytes()), key)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise BundleError(f"bundle {folder}: manifest.json cannot be read ({error.__class__.__name__})") from error
-    if manifest.get("format") != 1 or manifest.get("kind") != KIND:
+    if manifest.get("format") != 1 or manifest.get("kind") not in STAGES:
         raise BundleError(f"bundle {folder}: unknown format {manifest.get('format')!r} or kind {manifest.get('kind')!r}")
     if sorted(manifest["files"]) != sorted(FILES):
         raise BundleError(f"bundle {folder}: manifest lists {sorted(manifest['files'])}, expected {sorted(FILES)}")
@@ -203,7 +203,7 @@ def load_bundle(folder: Path, key: bytes) -> Bundle:
             raise BundleError(f"bundle {folder}: {name} changed while it was read")
     try:
         config, vocabulary, gates = (json.loads(contents[name]) for name in ("config.json", "vocab.json", "gates.json"))
-        network = EgaV1(TypeAdapter(NetworkConfig).validate_python(config["network"]), VocabularySizes(**config["sizes"]))
+        network = create(TypeAdapter(NetworkConfig).validate_python(config["network"]), VocabularySizes(**config["sizes"]))
         state = load_tensors(contents["model.safetensors"])
     except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:  # signed, yet not what this version writes
         raise BundleError(f"bundle {folder}: cannot be read ({error.__class__.__name__}: {str(error).splitlines()[0]})") from error

@@ -65,10 +65,10 @@ class RunConfig:
     """Feature snapshots."""
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     """Request samples."""
-    network: NetworkConfig = Field(default_factory=NetworkConfig)
-    """Sizes and switches of EGA-V1."""
+    model: NetworkConfig = Field(default_factory=NetworkConfig)
+    """Kind, sizes and switches of the model."""
     training: TrainingConfig = Field(default_factory=TrainingConfig)
-    """The four stages."""
+    """The training stages."""
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     """Replay."""
     gates: GateConfig = Field(default_factory=GateConfig)
@@ -79,7 +79,7 @@ class RunConfig:
     @property
     def candidate(self) -> CandidateConfig:
         """The sections that judging a candidate needs."""
-        return CandidateConfig(self.network, self.training, self.evaluation, self.gates)
+        return CandidateConfig(self.model, self.training, self.evaluation, self.gates)
 
 
 def load_run_config(path: Path | str, **changes: Any) -> RunConfig:

@@ -10,7 +10,7 @@ from typing import Any
 from components.candidate import candidate_sections
 from model.bundle import write_atomic
 from model.evaluation.plots import curve_svg, number, page, table
-from model.training.run import STAGES
+from model.kinds import STAGES
 
 
 def _lift(entry: dict[str, Any]) -> str:
@@ -58,7 +58,7 @@ def write_report(run_dir: Path, logs: Path, summary: dict[str, Any]) -> Path:
         sections.insert(2, ("Ranking against counting baselines", table(header, cells)))
     if "experiment" in summary:
         sections.insert(1, ("Experiment", '<p><a href="experiment/report.html">A/B test on live traffic</a></p>'))
-    for stage in STAGES:
+    for stage in STAGES[metrics["policy"]]:
         sections.append((f"Training: {stage}", curve_svg(json.loads((run_dir / "stages" / stage / "result.json").read_text()))))
     rows = ", ".join(f"{count:,} {name}" for name, count in validation["statistics"]["rows"].items())
     sections.append(("Data", f'<p>{html.escape(rows)}; {validation["laws"]} rules checked. <a href="validation/validation.html">Data docs</a></p>'))
@@ -83,6 +83,7 @@ def result_lines(run_dir: Path, summary: dict[str, Any]) -> list[str]:
     """The results table for the terminal."""
     metrics = json.loads((run_dir / "evaluation" / "metrics.json").read_text())
     mode, ranking = metrics["price_mode"], metrics["ranking"]
+    policy = f"{metrics['policy']}/{mode}"
     lines = [
         "",
         f"AUC (exposed + unexposed)     {number(ranking['auc'])}",
@@ -90,7 +91,7 @@ def result_lines(run_dir: Path, summary: dict[str, Any]) -> list[str]:
         f"AUC on exposed ads            set-aware {number(ranking['auc_exposed'])}, evaluator {number(ranking['auc_evaluator'])}",
         f"calibration Dev               {number(ranking['dev'])} (95 % interval of pCTR / CTR: {' to '.join(map(number, ranking['pctr_over_ctr_interval']))})",
         f"psi of {mode} prices".ljust(30) + f"{number(metrics['psi'][mode]['psi_exact_model'])} (independent evaluator {number(metrics['psi'][mode]['psi_exact'])})",
-        f"eRPM, test days               {number(metrics['policies'][f'ega_v1/{mode}']['erpm'])} (incumbent {metrics['incumbent']})",
+        f"eRPM, test days               {number(metrics['policies'][policy]['erpm'])} (incumbent {metrics['incumbent']})",
     ]
     baselines = run_dir / "evaluation" / "baselines.json"
     if baselines.is_file():
@@ -100,7 +101,7 @@ def result_lines(run_dir: Path, summary: dict[str, Any]) -> list[str]:
     for entry in (summary.get("truth") or {}).get("lifts", []):
         lines.append(f"true {entry['metric']}: {entry['treatment']} over {entry['control']}".ljust(58) + _lift(entry))
     if summary.get("truth"):
-        bound, policy = summary["truth"]["limits"], f"ega_v1/{mode}"
+        bound = summary["truth"]["limits"]
         lines.append(
             f"true welfare of {policy}".ljust(58) + f"{100 * bound['policies'][policy]['welfare_of_limit']:.1f} % of the best pages' "
             f"({bound['baseline']} {100 * bound['policies'][bound['baseline']]['welfare_of_limit']:.1f} %)"

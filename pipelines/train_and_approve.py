@@ -1,5 +1,7 @@
 """The training pipeline: validated logs to an approved (or rejected) model. Compiled to train_and_approve.yaml beside this file."""
 
+from typing import Any
+
 from kfp import dsl, kubernetes
 
 from components.approve_model.component import approve_model
@@ -10,6 +12,7 @@ from components.reject_candidate.component import reject_candidate
 from components.sample_requests.component import sample_requests
 from components.train_stage.component import train_stage
 from components.validate_logs.component import validate_logs
+from model.kinds import STAGES
 from pipelines.environment import ENVIRONMENT
 
 VOLUME, MOUNT = "ega-runs", "/ega"
@@ -30,7 +33,7 @@ def _place(task: dsl.PipelineTask, cpu: str, memory: str, retries: int = 1) -> d
     return task
 
 
-@dsl.pipeline(name="train-and-approve", description="Validate logs, build features, train EGA-V1 in four stages, gate it, approve it.")
+@dsl.pipeline(name="train-and-approve", description="Validate logs, build features, train EGA-V1 or a cascade in stages, gate it, approve it.")
 def train_and_approve(
     logs: str,
     run_dir: str,
@@ -39,7 +42,8 @@ def train_and_approve(
     behaviours: int,
     fresh: bool,
     sampling: str,
-    network: str,
+    kind: str,
+    model: str,
     training: str,
     candidate: str,
     seed: int,
@@ -55,7 +59,8 @@ def train_and_approve(
         behaviours: L, behaviours kept per user.
         fresh: Start from an empty feature store: for simulated runs.
         sampling: SamplingConfig as JSON.
-        network: NetworkConfig as JSON.
+        kind: Kind of model, `model.kind`.
+        model: NetworkConfig as JSON.
         training: TrainingConfig as JSON.
         candidate: CandidateConfig as JSON.
         seed: Seed of sampling and initialisation.
@@ -69,16 +74,27 @@ def train_and_approve(
     sampled = _place(
         sample_requests(logs=logs, home=home, run_dir=run_dir, config=sampling, seed=seed, as_of=built.outputs["Output"], code_version=code_version), "2", "16G"
     )
-    previous = ""
-    for stage in ("pretrain", "reward", "evaluation", "rlaf", "payment"):
-        trained = train_stage(
-            stage=stage, samples=sampled.outputs["Output"], run_dir=run_dir, network=network, training=training, seed=seed, previous=previous,
-            code_version=code_version,
-        )  # fmt: skip
-        previous = _place(trained, "8", "32G").set_display_name(f"train {stage}").outputs["Output"]
+
+    def train(stages: tuple[str, ...]) -> Any:
+        """The stages in a chain; returns the last one's output."""
+        previous = ""
+        for stage in stages:
+            trained = train_stage(
+                stage=stage, samples=sampled.outputs["Output"], run_dir=run_dir, model_config=model, training=training, seed=seed, previous=previous,
+                code_version=code_version,
+            )  # fmt: skip
+            previous = _place(trained, "8", "32G").set_display_name(f"train {stage}").outputs["Output"]
+        return previous
+
+    with dsl.If(kind == "ega_v1", name="ega_v1"):
+        ega_v1 = train(STAGES["ega_v1"])
+    with dsl.Elif(kind == "mca", name="mca"):
+        mca = train(STAGES["mca"])
+    with dsl.Else(name="fs_ltr"):
+        fs_ltr = train(STAGES["fs_ltr"])
     judged = _place(
         evaluate_candidate(
-            samples=sampled.outputs["Output"], logs=logs, run_dir=run_dir, home=home, config=candidate, seed=seed, weights=previous, code_version=code_version
+            samples=sampled.outputs["Output"], logs=logs, run_dir=run_dir, home=home, config=candidate, seed=seed, weights=dsl.OneOf(ega_v1, mca, fs_ltr), code_version=code_version
         ),
         "8",
         "32G",

@@ -9,17 +9,22 @@ import numpy as np
 import torch
 
 from marketplace import schema
+from model.cascade.config import CascadeConfig
 from model.ega_v1.mechanism import Pool
 from model.ega_v1.network import Batch, EgaV1, Evaluator, NetworkConfig, VocabularySizes
-from model.training.stages import PaymentConfig, PretrainConfig, RewardConfig, RlafConfig, TrainingConfig
+from model.training.stages import PaymentConfig, PretrainConfig, RelabelConfig, RewardConfig, RlafConfig, TowerConfig, TrainingConfig
 
 NETWORK = NetworkConfig(
     width=16, embedding=8, blocks=2, auction_blocks=1, fusion_after=(1, 2), clusters=4, heads=2, exact_behaviours=16, feed_forward=2, head_hidden=(16, 8), slots=5
 )
+CASCADE = replace(NETWORK, kind="fs_ltr", cascade=CascadeConfig(recall=12, prerank=8, behaviours=6, blocks=1, tower_hidden=(16,), attention_hidden=(8,)))
 SIZES = VocabularySizes(ad=40, poi=40, advertiser=12, category=8, geo=20, creative=40)
 
 _LOOP: dict[str, Any] = {"steps": 8, "batch": 24, "validate_every": 4, "warmup": 2, "validation_requests": 40, "patience": 20}
 TRAINING = TrainingConfig(
+    recall=TowerConfig(**_LOOP, recall_at=10),
+    prerank=TowerConfig(**_LOOP, recall_at=10),
+    relabel=RelabelConfig(**_LOOP),
     pretrain=PretrainConfig(**_LOOP, calibration_requests=64),
     reward=RewardConfig(**_LOOP),
     evaluation=RewardConfig(**_LOOP, seed=2),

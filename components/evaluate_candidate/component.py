@@ -28,7 +28,7 @@ def evaluate_candidate(
         logs: Folder of validated logs, for the counting baselines.
         run_dir: Folder of the run; writes <run_dir>/evaluation, <run_dir>/bundle and <run_dir>/gate.json.
         home: State of the configuration; its newest approved model is the incumbent.
-        config: CandidateConfig as JSON: network, training, evaluation and gates.
+        config: CandidateConfig as JSON: model, training, evaluation and gates.
         seed: Seed of the initialisation.
         weights: sha256 of the final stage's weights.
         code_version: Hash of the code.

@@ -1,4 +1,4 @@
-"""One stage of training; the pipeline chains five."""
+"""One stage of training; the pipeline chains those of a kind of model."""
 
 from kfp import dsl
 from kfp.dsl import HTML, Metrics, Model, Output
@@ -11,7 +11,7 @@ def train_stage(
     stage: str,
     samples: str,
     run_dir: str,
-    network: str,
+    model_config: str,
     training: str,
     seed: int,
     previous: str,
@@ -23,10 +23,10 @@ def train_stage(
     """Train a stage, or resume it from its last checkpoint, or find it done.
 
     Args:
-        stage: pretrain, reward, evaluation, rlaf or payment.
+        stage: One of the kind's stages, e.g. pretrain.
         samples: Sample folder.
         run_dir: Folder of the run; weights go to <run_dir>/stages, checkpoints to <run_dir>/checkpoints.
-        network: NetworkConfig as JSON.
+        model_config: NetworkConfig as JSON.
         training: TrainingConfig as JSON.
         seed: Seed of the initialisation.
         previous: sha256 of the previous stage's weights, or of nothing for the first.
@@ -50,7 +50,7 @@ def train_stage(
     from model.training.stages import TrainingConfig
 
     run, parse = Path(run_dir), lambda kind, text: TypeAdapter(kind).validate_json(text)
-    files = train(stage, Path(samples), parse(NetworkConfig, network), parse(TrainingConfig, training), run / "stages", run / "checkpoints", seed)
+    files = train(stage, Path(samples), parse(NetworkConfig, model_config), parse(TrainingConfig, training), run / "stages", run / "checkpoints", seed)
     shutil.copyfile(files.weights, model.path)
     model.metadata.update({"sha256": files.result["sha256"], "previous": previous, "code_version": code_version})
     Path(curve.path).write_text(curve_page(files.result))

@@ -133,13 +133,13 @@ class RankingEngine:
             behaviours=torch.from_numpy(np.asarray(behaviours)).long().unsqueeze(0),
             request_place=torch.from_numpy(np.asarray(request_place, np.float32)).unsqueeze(0),
         )
-        h, user = self.network.encode_from(city.states, inputs)
+        h, user, reached = self.network.survey(city.states, inputs)
         click, purchase = self.network.heads(h, user)
         scaled = np.asarray(bids, np.float64) / unit
         shown = np.asarray(eligible, bool) & (torch.sigmoid(click[0]).double().numpy() >= quality_floor)
         pool = Pool(
             np.zeros(1, np.int64), h, city.ad_fields[..., PAGE_COLUMNS], user, click, purchase, torch.from_numpy(scaled).unsqueeze(0), torch.from_numpy(np.asarray(reserves, np.float64) / unit).unsqueeze(0),
-            inputs.ad_mask, np.arange(len(city.ad_ids))[None], np.array([unit]),
+            reached, np.arange(len(city.ad_ids))[None], np.array([unit]),
         )  # fmt: skip
         pages = allocate(self.network, pool, tie_key=city.tie_key, slots=wanted, eligible=shown[None])
         kept = pages.pages[0] >= 0

@@ -17,11 +17,16 @@ from torch import Tensor
 from auction import batch as auctions
 from auction.critical import step_prices_everywhere
 from auction.ties import quantise
-from model.ega_v1.network import EgaV1, Evaluator
+from model.ega_v1.network import RankingModel
 from model.layers import take
 
 PriceMode = Literal["critical", "learned", "gsp", "vcg", "first_price"]
 PRICE_MODES: tuple[PriceMode, ...] = ("critical", "learned", "gsp", "vcg", "first_price")
+
+
+def price_modes(network: RankingModel) -> tuple[PriceMode, ...]:
+    """The modes that a model can charge by."""
+    return PRICE_MODES if network.payment is not None else tuple(mode for mode in PRICE_MODES if mode != "learned")
 
 
 @dataclass
@@ -106,7 +111,7 @@ class Pages(Audit):
     """[B, K] whether only the tie key put the ad before its runner-up."""
 
 
-def page_logits(evaluator: Evaluator, pool: Pool, page_BK: Tensor) -> tuple[Tensor, Tensor]:
+def page_logits(evaluator: torch.nn.Module, pool: Pool, page_BK: Tensor) -> tuple[Tensor, Tensor]:
     """An evaluator's logits for pages given as candidate positions (-1: no ad). `page_BK` may be [B, P, K]: P pages a request."""
     shape = page_BK.shape
     pages = page_BK.reshape(shape[0], -1)
@@ -118,9 +123,18 @@ def page_logits(evaluator: Evaluator, pool: Pool, page_BK: Tensor) -> tuple[Tens
     return clicked.reshape(shape), purchased.reshape(shape)
 
 
+def affinities(network: RankingModel, pool: Pool, slots: int, learned: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """A and e^{w+M} of the first slots, [B, N, slots] each; 0 and 1 where the ranking is by q*b."""
+    if learned and network.generator is not None:
+        affinity, slope = (x[..., :slots].double().numpy() for x in network.generator(pool.h, pool.mask, pool.user))
+        return affinity, slope
+    shape = (*pool.mask.shape, slots)
+    return np.zeros(shape), np.ones(shape)
+
+
 @torch.no_grad()
 def allocate(
-    network: EgaV1, pool: Pool, learned: bool = True, evaluator: Evaluator | None = None, tie_key: np.ndarray | None = None, slots: int | None = None,
+    network: RankingModel, pool: Pool, learned: bool = True, evaluator: torch.nn.Module | None = None, tie_key: np.ndarray | None = None, slots: int | None = None,
     eligible: np.ndarray | None = None,
 ) -> Pages:  # fmt: skip
     """Greedy pages with their thresholds and truthful prices. `learned=False` ranks by q*b (A = M = 0); `slots` < K fills the
@@ -129,10 +143,7 @@ def allocate(
     q = torch.sigmoid(pool.click).double().numpy()
     bids, reserves = pool.bid.double().numpy(), pool.reserve.double().numpy()
     slots = slots or network.config.slots
-    if learned:
-        affinity_BNK, slopes_BNK = (x[..., :slots].double().numpy() for x in network.generator(pool.h, pool.mask, pool.user))
-    else:
-        affinity_BNK, slopes_BNK = np.zeros((*q.shape, slots)), np.ones((*q.shape, slots))
+    affinity_BNK, slopes_BNK = affinities(network, pool, slots, learned)
     allowed = pool.mask.numpy() if eligible is None else pool.mask.numpy() & eligible
     eligible = allowed & (bids >= reserves) & (bids > 0)
     found = auctions.counterfactuals(q, bids, affinity_BNK, slopes_BNK, slots, eligible, tie_key)
@@ -141,7 +152,7 @@ def allocate(
 
 def price_pages(
     pool: Pool, found: auctions.Counterfactuals, q: np.ndarray, bids: np.ndarray, reserves: np.ndarray, affinity_BNK: np.ndarray,
-    slopes_BNK: np.ndarray, eligible: np.ndarray, evaluator: Evaluator,
+    slopes_BNK: np.ndarray, eligible: np.ndarray, evaluator: torch.nn.Module,
 ) -> Pages:  # fmt: skip
     """CTRs of the pages and their counterfactuals under `evaluator`, and the prices that follow."""
     batch, slots = found.pages.shape
@@ -170,7 +181,7 @@ def price_pages(
 
 
 @torch.no_grad()
-def audit_losers(network: EgaV1, pool: Pool, pages: Pages, count: int, evaluators: tuple[Evaluator, ...]) -> list[Audit]:
+def audit_losers(network: RankingModel, pool: Pool, pages: Pages, count: int, evaluators: tuple[torch.nn.Module, ...]) -> list[Audit]:
     """The `count` ads a request that come nearest to the page of `allocate`, by bid over critical bid, one audit an evaluator.
 
     Who is not displayed can only overbid. Under critical prices nobody gains by it whatever the CTRs (every threshold exceeds the value);
@@ -179,7 +190,7 @@ def audit_losers(network: EgaV1, pool: Pool, pages: Pages, count: int, evaluator
     q, bids = torch.sigmoid(pool.click).double().numpy(), pool.bid.double().numpy()
     reserves, mask = pool.reserve.double().numpy(), pool.mask.numpy()
     slots = pages.theta.shape[-1]
-    affinity, slopes = (x[..., :slots].double().numpy() for x in network.generator(pool.h, pool.mask, pool.user))
+    affinity, slopes = affinities(network, pool, slots)
     market = (q, bids, affinity, slopes, pages.pages)
     eligible = pool.allowed.numpy()
     theta = auctions.critical_bids_of_all(*market, eligible, barred=~mask)
@@ -272,7 +283,7 @@ def truthful(pool: Pool, pages: Audit) -> Bidding:
     return try_bids(pool, pages, pages.bid[:, :, None])
 
 
-def learned_prices(network: EgaV1, pool: Pool, pages: Audit, bidding: Bidding) -> Tensor:
+def learned_prices(network: RankingModel, pool: Pool, pages: Audit, bidding: Bidding) -> Tensor:
     """Payment network on trial bids, [B, K, T]; differentiable in the network's weights."""
     trials = bidding.bid.shape[2]
     h = page_states(pool, pages.pages).unsqueeze(2).expand(-1, -1, trials, -1)
@@ -283,7 +294,7 @@ def learned_prices(network: EgaV1, pool: Pool, pages: Audit, bidding: Bidding) -
 
 
 @torch.no_grad()
-def slot_clicks(network: EgaV1, slots: int) -> np.ndarray:
+def slot_clicks(network: RankingModel, slots: int) -> np.ndarray:
     """[slots] what a click-through rate is worth in each slot, 1 in the first and not rising: the slot's term of pre-training.
 
     VCG needs clicks that are separable, pCTR times this; they are not, which is why `critical` prices and `vcg` is for comparison.
@@ -293,7 +304,7 @@ def slot_clicks(network: EgaV1, slots: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def prices(network: EgaV1, pool: Pool, pages: Pages, mode: PriceMode) -> np.ndarray:
+def prices(network: RankingModel, pool: Pool, pages: Pages, mode: PriceMode) -> np.ndarray:
     """Price per click of every displayed ad, [B, K], in [0, bid]; 0 in empty slots."""
     if mode == "critical":
         value = pages.critical

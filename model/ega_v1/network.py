@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from marketplace import schema
+from model.cascade.config import CascadeConfig
 from model.layers import (
     MLP,
     ClusterBlock,
@@ -35,8 +36,12 @@ _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 @dataclass(frozen=True, config=_STRICT)
 class NetworkConfig:
-    """Sizes and switches of EGA-V1; the paper's values are in config/paper.yaml."""
+    """Kind, sizes and switches of the model; the paper's values are in config/paper.yaml."""
 
+    kind: Literal["ega_v1", "mca", "fs_ltr"] = "ega_v1"
+    """EGA-V1; or a cascade: MCA (recall, pre-ranking, ranking, auction), or the same trained on stage labels (FS-LTR)."""
+    cascade: CascadeConfig = CascadeConfig()
+    """What only the cascades read."""
     width: int = Field(64, ge=8)
     """D, width of every token."""
     embedding: int = Field(16, ge=4)
@@ -480,15 +485,28 @@ class Batch:
     request_place: Tensor
 
 
-class EgaV1(nn.Module):
-    """The whole network. `encode` gives (h, e_u); heads, generator, evaluators and payment read those."""
+class RankingModel(nn.Module):
+    """What every kind of model offers to training, replay and serving: click probabilities, evaluators, and which ads it ranked.
 
-    def __init__(self, config: NetworkConfig, sizes: VocabularySizes, geo_table: Tensor | None = None, prior_ctr: float = 0.05) -> None:
+    A kind adds `encode`, `encode_from`, `city_states`, `survey` and `stage_modules`. Training and replay ask for nothing else.
+    """
+
+    generator: Generator | None
+    """Affinities; None ranks by q*b."""
+    payment: PaymentNetwork | None
+    """Learned prices; None has none."""
+    evaluator: nn.Module
+    """pCTR of ads on a page, which prices rest on."""
+    evaluation_evaluator: Evaluator
+    """Trained on other days with another seed; never a training signal of the policy, so that gates can use it."""
+
+    def __init__(self, config: NetworkConfig, sizes: VocabularySizes) -> None:
         super().__init__()
         self.config, self.sizes = config, sizes
-        self.features = HybridFeatures(config, sizes, geo_table)
-        self.recformer = RecFormer(config)
-        prior = math.log(prior_ctr / (1 - prior_ctr))
+
+    def add_heads(self, prior_ctr: float) -> None:
+        """The parts that read h; `prior_ctr` is where pCTR starts."""
+        config, prior = self.config, math.log(prior_ctr / (1 - prior_ctr))
         self.click_head = SplitHead(config.width, config.head_hidden, prior)
         self.purchase_head = SplitHead(config.width, config.head_hidden, prior)
         self.cross = nn.Linear(CROSS_FEATURES, config.width) if config.cross_features else None
@@ -496,32 +514,40 @@ class EgaV1(nn.Module):
         self.slot_bias = nn.Parameter(torch.zeros(config.slots))
         self.register_buffer("unexposed_start", torch.zeros(2))
         self.register_buffer("unexposed_knee", torch.tensor(prior + 1.0))
-        self.generator = Generator(config)
-        self.evaluator = Evaluator(config, sizes)
-        self.evaluation_evaluator = Evaluator(config, sizes)
-        """Trained on other days with another seed; never a training signal of the policy, so that gates can use it."""
-        self.payment = PaymentNetwork(config)
 
     def encode(self, batch: Batch, only_BK: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """High-order ad representations h [B, N, D], or those at positions `only_BK` alone [B, K, D], and e_u [B, D]."""
-        ads = self.features.ads(batch.ad_fields)
-        return self.encode_from(self.recformer.ads_before_fusion(ads, batch.ad_mask), batch, only_BK)
+        return self.encode_from(self.city_states(batch.ad_fields, batch.ad_mask), batch, only_BK)
 
     def encode_from(self, ad_states: Tensor, batch: Batch, only_BK: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`encode` from cached ad states (`city_states`), which may have batch size 1."""
-        user = self.features.user(batch.user_fields, batch.context_fields)
-        behaviours, mask = self.features.behaviours(batch.behaviours, user)
-        h = self.recformer.after_fusion(ad_states, batch.ad_mask, behaviours, mask, only_BK)
-        if self.cross is not None:
-            ad_fields, ad_place = (x.expand(h.shape[0], -1, -1) for x in (batch.ad_fields, batch.ad_place))
-            if only_BK is not None:
-                ad_fields, ad_place = take(ad_fields, only_BK), take(ad_place, only_BK)
-            h = h + self.cross(cross_features(ad_fields, batch.behaviours, ad_place, batch.request_place))
-        return h, user
+        raise NotImplementedError
 
     def city_states(self, ad_fields: Tensor, ad_mask: Tensor) -> Tensor:
-        """User-independent ad states of a whole city, [1, N, D]: computed once per (model, city, snapshot)."""
-        return self.recformer.ads_before_fusion(self.features.ads(ad_fields), ad_mask)
+        """User-independent ad states of a whole city, [1, N, .]: computed once per (model, city, snapshot)."""
+        raise NotImplementedError
+
+    @property
+    def state_width(self) -> int:
+        """Width of `city_states`."""
+        return self.config.width
+
+    def survey(self, ad_states: Tensor, batch: Batch, also_BK: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """h [B, N, D] and e_u of a whole city, and [B, N] which ads reach the auction. h of others is 0, but for those at `also_BK`."""
+        raise NotImplementedError
+
+    def stage_modules(self, stage: str) -> list[nn.Module]:
+        """What a training stage learns."""
+        raise NotImplementedError
+
+    def add_crosses(self, h_BND: Tensor, batch: Batch, only_BK: Tensor | None) -> Tensor:
+        """h with the explicit user x ad crosses, where the configuration has them."""
+        if self.cross is None:
+            return h_BND
+        ad_fields, ad_place = (x.expand(h_BND.shape[0], -1, -1) for x in (batch.ad_fields, batch.ad_place))
+        if only_BK is not None:
+            ad_fields, ad_place = take(ad_fields, only_BK), take(ad_place, only_BK)
+        return h_BND + self.cross(cross_features(ad_fields, batch.behaviours, ad_place, batch.request_place))
 
     def heads(self, h_BND: Tensor, user_BD: Tensor) -> tuple[Tensor, Tensor]:
         """Set-aware logits of click and purchase (Eq. 16), [B, N] each."""
@@ -556,28 +582,66 @@ class EgaV1(nn.Module):
         self.unexposed[0, 1] -= slope * shift / self.UNEXPOSED_GAIN
         self.unexposed[0, 3] -= shift / self.UNEXPOSED_GAIN
 
-    def stage_parameters(self, stage: str) -> list[nn.Parameter]:
-        """What each training stage learns; everything else is frozen."""
-        modules: dict[str, list[nn.Module]] = {
+    def enter_stage(self, stage: str) -> list[nn.Parameter]:
+        """Freeze all but the stage's parameters; returns those. Dice statistics move where their own layers learn and never again."""
+        self.requires_grad_(False)
+        modules = self.stage_modules(stage)
+        parameters = [parameter for module in modules for parameter in module.parameters()]
+        if stage == "pretrain":
+            parameters += [self.unexposed, self.slot_bias]
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        freeze_dice(self, True)
+        if stage in DICE_STAGES:
+            for module in modules:
+                freeze_dice(module, False)
+        return parameters
+
+
+DICE_STAGES = ("recall", "prerank", "pretrain", "relabel")
+"""Stages that learn representations; what comes after them reads frozen ones."""
+
+
+class EgaV1(RankingModel):
+    """The whole network. `encode` gives (h, e_u); heads, generator, evaluators and payment read those."""
+
+    generator: Generator
+    payment: PaymentNetwork
+    evaluator: Evaluator
+
+    def __init__(self, config: NetworkConfig, sizes: VocabularySizes, geo_table: Tensor | None = None, prior_ctr: float = 0.05) -> None:
+        super().__init__(config, sizes)
+        self.features = HybridFeatures(config, sizes, geo_table)
+        self.recformer = RecFormer(config)
+        self.add_heads(prior_ctr)
+        self.generator = Generator(config)
+        self.evaluator = Evaluator(config, sizes)
+        self.evaluation_evaluator = Evaluator(config, sizes)
+        self.payment = PaymentNetwork(config)
+
+    def encode_from(self, ad_states: Tensor, batch: Batch, only_BK: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        user = self.features.user(batch.user_fields, batch.context_fields)
+        behaviours, mask = self.features.behaviours(batch.behaviours, user)
+        h = self.recformer.after_fusion(ad_states, batch.ad_mask, behaviours, mask, only_BK)
+        return self.add_crosses(h, batch, only_BK), user
+
+    def city_states(self, ad_fields: Tensor, ad_mask: Tensor) -> Tensor:
+        """[1, N, D], up to the first fusion."""
+        return self.recformer.ads_before_fusion(self.features.ads(ad_fields), ad_mask)
+
+    def survey(self, ad_states: Tensor, batch: Batch, also_BK: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Every ad of the city reaches the auction."""
+        h, user = self.encode_from(ad_states, batch)
+        return h, user, batch.ad_mask.expand(len(h), -1)
+
+    def stage_modules(self, stage: str) -> list[nn.Module]:
+        return {
             "pretrain": [self.features, self.recformer, self.click_head, self.purchase_head, *([self.cross] if self.cross is not None else [])],
             "reward": [self.evaluator],
             "evaluation": [self.evaluation_evaluator],
             "rlaf": [self.generator],
             "payment": [self.payment],
-        }
-        parameters = [parameter for module in modules[stage] for parameter in module.parameters()]
-        return [*parameters, self.unexposed, self.slot_bias] if stage == "pretrain" else parameters
-
-    def enter_stage(self, stage: str) -> list[nn.Parameter]:
-        """Freeze all but the stage's parameters; returns those. Dice statistics move in pre-training and never again."""
-        self.requires_grad_(False)
-        parameters = self.stage_parameters(stage)
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        freeze_dice(self, True)
-        if stage == "pretrain":
-            freeze_dice(self.recformer, False)
-        return parameters
+        }[stage]
 
 
 def allocation_scores(ctr_BN: Tensor, bid_BN: Tensor, affinity_BNK: Tensor, slopes_BNK: Tensor) -> Tensor:
@@ -588,4 +652,4 @@ def allocation_scores(ctr_BN: Tensor, bid_BN: Tensor, affinity_BNK: Tensor, slop
     return slopes_BNK * (ctr_BN * bid_BN).unsqueeze(-1) + affinity_BNK
 
 
-__all__ = ["Batch", "Clusters", "EgaV1", "Evaluator", "Generator", "NetworkConfig", "PaymentNetwork", "RecFormer", "VocabularySizes", "allocation_scores", "geo_prior"]
+__all__ = ["Batch", "Clusters", "EgaV1", "Evaluator", "Generator", "NetworkConfig", "PaymentNetwork", "RankingModel", "RecFormer", "VocabularySizes", "allocation_scores", "geo_prior"]

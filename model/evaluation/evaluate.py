@@ -19,9 +19,10 @@ from model.bundle import write_atomic, write_bundle
 from model.ega_v1.network import NetworkConfig
 from model.evaluation.gates import GateConfig, choose_price_mode, judge
 from model.evaluation.replay import INCUMBENT, EvaluationConfig, Incumbent, replay
+from model.kinds import STAGES
 from model.training.data import Samples
 from model.training.loop import Device
-from model.training.run import STAGES, load_stage
+from model.training.run import load_final
 from model.training.stages import TrainingConfig
 
 
@@ -32,14 +33,14 @@ def evaluate_candidate(
     """Replay the candidate of `stages` on the test days and judge it; returns (and writes) the metrics with the gates."""
     Device(threads=training.threads).enter()
     samples = Samples(samples_folder)
-    network = load_stage(STAGES[-1], samples, network_config, stages, seed)
+    network = load_final(samples, network_config, stages, seed)
     result = replay(network, samples, config, incumbent)
     mode = choose_price_mode(result.metrics, gates)
     rival = "logged" if incumbent is None else INCUMBENT
     decisions = judge(result.metrics, result.per_request, mode, rival, gates)
     metrics = {
         **result.metrics, "price_mode": mode, "incumbent": rival if incumbent is None else incumbent.version,
-        "gates": [asdict(gate) for gate in decisions], "approved": all(gate.approved is True for gate in decisions), "moved": what_moved(stages, result.metrics),
+        "gates": [asdict(gate) for gate in decisions], "approved": all(gate.approved is True for gate in decisions), "moved": what_moved(network_config.kind, stages, result.metrics),
     }  # fmt: skip
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -53,24 +54,30 @@ def evaluate_candidate(
     return metrics
 
 
-def what_moved(stages: Path, metrics: dict[str, Any]) -> list[dict[str, Any]]:
+def what_moved(kind: str, stages: Path, metrics: dict[str, Any]) -> list[dict[str, Any]]:
     """Before and after of every stage, for the report: what each stage was meant to move and what it did."""
-    history = {stage: json.loads((Path(stages) / stage / "result.json").read_text()) for stage in STAGES}
+    history = {stage: json.loads((Path(stages) / stage / "result.json").read_text()) for stage in STAGES[kind]}
 
     def row(stage: str, what: str, before: float, after: float, better: str, where: str) -> dict[str, Any]:
         good = after > before if better == "higher" else after < before
         return {"stage": stage, "what": what, "before": before, "after": after, "better": better, "improved": bool(good), "where": where}
 
-    first, best = history["pretrain"]["history"][0], _at_best(history["pretrain"])
-    pay_first, pay_best = history["payment"]["history"][0], _at_best(history["payment"])
+    def on_validation(stage: str, what: str, key: str, better: str = "higher") -> dict[str, Any]:
+        return row(stage, what, history[stage]["history"][0][key], _at_best(history[stage])[key], better, "validation")
+
     ranking, policies = metrics["ranking"], metrics["policies"]
+    auc_rows = [on_validation(stage, "AUC, exposed and unexposed", "auc") for stage in ("pretrain", "relabel") if stage in history]
+    if kind != "ega_v1":
+        towers = (("recall", "SASRec"), ("prerank", "DSSM"))
+        found = [(stage, name, next(key for key in history[stage]["history"][0] if key.startswith("recall_at_"))) for stage, name in towers]
+        return [*(on_validation(stage, f"{key.replace('recall_at_', 'Recall@')} of {name} alone, whole city", key) for stage, name, key in found), *auc_rows]
     return [
-        row("pretrain", "AUC, exposed and unexposed", first["auc"], best["auc"], "higher", "validation"),
+        *auc_rows,
         row("reward", "AUC on exposed ads: set-aware pCTR, evaluator", ranking["auc_exposed"], ranking["auc_evaluator"], "higher", "test"),
         row("reward", "log-loss on exposed ads: set-aware pCTR, evaluator", ranking["log_loss_set"], ranking["log_loss_evaluator"], "lower", "test"),
         row("rlaf", "bid-weighted clicks per 1000 requests: q*b ranking, generator (evaluation evaluator)",
             policies["separable/critical"]["bid_value_per_1000"], policies["ega_v1/critical"]["bid_value_per_1000"], "higher", "test"),
-        row("payment", "regret / utility of learned payments (psi)", pay_first["psi"], pay_best["psi"], "lower", "validation"),
+        on_validation("payment", "regret / utility of learned payments (psi)", "psi", "lower"),
     ]  # fmt: skip
 
 
@@ -94,7 +101,7 @@ def bundle_candidate(
 ) -> str:
     """Write the signed bundle of the final stage; returns its version."""
     samples = Samples(samples_folder)
-    network = load_stage(STAGES[-1], samples, network_config, stages, seed)
+    network = load_final(samples, network_config, stages, seed)
     gates = {"price_mode": metrics["price_mode"], "gates": finite_only(metrics["gates"])}
     return write_bundle(out, network, samples.vocabulary_document, gates, provenance, key)
 

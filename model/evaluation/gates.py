@@ -110,8 +110,10 @@ def calibration_gate(dev: float, config: GateConfig) -> Gate:
 
 def choose_price_mode(metrics: dict[str, Any], config: GateConfig) -> str:
     """`learned` when the payment network earned it (psi within the limit, enough revenue), else `critical`."""
+    if "learned" not in metrics["psi"]:
+        return "critical"
     honest = ic_gate(metrics["psi"]["learned"], "learned", config).approved
-    learned, critical = (metrics["policies"][f"ega_v1/{mode}"]["erpm"] for mode in ("learned", "critical"))
+    learned, critical = (metrics["policies"][f"{metrics['policy']}/{mode}"]["erpm"] for mode in ("learned", "critical"))
     earned = honest and critical > 0 and learned >= config.learned_revenue_share * critical
     return "learned" if earned else "critical"
 
@@ -120,6 +122,6 @@ def judge(metrics: dict[str, Any], per_request: pd.DataFrame, mode: str, incumbe
     """All gates of a candidate that charges by `mode`."""
     return [
         ic_gate(metrics["psi"][mode], mode, config),
-        revenue_gate(per_request, f"ega_v1/{mode}", incumbent, config),
+        revenue_gate(per_request, f"{metrics['policy']}/{mode}", incumbent, config),
         calibration_gate(metrics["ranking"]["dev"], config),
     ]

@@ -160,7 +160,7 @@ def lies_svg(data: dict[str, np.ndarray], charged: str) -> str:
     """What a few displayed ads would gain over bidding their value, against the bid, under the prices charged and two others."""
     ads = len(data["lie_ad"])
     figure, panels = plt.subplots(1, ads, figsize=(3.1 * ads, 3.0), squeeze=False)
-    colours = {"critical": "#0a7a3d", "learned": "#2f6db5", "gsp": "#b5622f"}
+    colours = {mode: colour for mode, colour in (("critical", "#0a7a3d"), ("learned", "#2f6db5"), ("gsp", "#b5622f")) if f"lie_{mode}" in data}
     for row, axes in enumerate(panels[0]):
         for mode, colour in colours.items():
             axes.plot(data["lie_bid"][row], data[f"lie_{mode}"][row], color=colour, lw=2.2 if mode == charged else 1.2, label=mode)

@@ -28,11 +28,12 @@ from model.ega_v1.mechanism import (
     audit_losers,
     learned_prices,
     page_logits,
+    price_modes,
     prices,
     slot_clicks,
     try_bids,
 )
-from model.ega_v1.network import EgaV1
+from model.ega_v1.network import RankingModel
 from model.evaluation.metrics import auc, deviation, log_loss, mean_and_interval, recall_at
 from model.training.data import Samples
 from model.training.stages import PAGE_INPUTS, ahead, encode_city, encode_exposed, logged_pages, newest, places_of, pretrain_metrics
@@ -66,25 +67,25 @@ class Replay:
     pages: pd.DataFrame
     """policy, request_id, slot, ad_id, bid, payment, pctr; one row a displayed ad."""
     plots: dict[str, np.ndarray]
-    """exposed_click, exposed_pctr (calibration, ROC); learned, critical, bid of displayed ads (scatter); lie_* (see `_lies`)."""
+    """exposed_click, exposed_pctr (calibration, ROC); learned (if the model has a payment network), critical, bid of displayed ads (scatter); lie_* (see `_lies`)."""
 
 
-POLICIES = ("ega_v1", "separable")
-"""The trained generator, and the ranking by q*b of the same pre-trained model (A = M = 0)."""
+SEPARABLE = "separable"
+"""The ranking by q*b of the same pre-trained model (A = M = 0), beside a trained generator."""
 
 
 @dataclass(frozen=True)
 class Incumbent:
     """The approved model that a candidate has to beat."""
 
-    network: EgaV1
+    network: RankingModel
     vocabulary: dict[str, list[int]]
     """Tables of its vocab.json."""
     mode: PriceMode
     version: str
 
 
-def replay(network: EgaV1, samples: Samples, config: EvaluationConfig, incumbent: Incumbent | None = None) -> Replay:
+def replay(network: RankingModel, samples: Samples, config: EvaluationConfig, incumbent: Incumbent | None = None) -> Replay:
     """Replay the newest test requests under every price mode; an incumbent model's pages are judged by the same evaluator."""
     rows = newest(samples.split_rows(schema.TEST), config.requests)
     if len(rows) == 0:
@@ -92,9 +93,10 @@ def replay(network: EgaV1, samples: Samples, config: EvaluationConfig, incumbent
     network.eval()
     requests: list[pd.DataFrame] = []
     pages: list[pd.DataFrame] = []
-    regret = {judge: {name: RegretOfRule() for name in PRICE_MODES} for judge in ("evaluation", "model")}
+    kind, modes = network.config.kind, price_modes(network)
+    regret = {judge: {name: RegretOfRule() for name in modes} for judge in ("evaluation", "model")}
     exposed: dict[str, list[np.ndarray]] = {name: [] for name in ("click", "set", "evaluator", "evaluation", "user")}
-    scatter: dict[str, list[np.ndarray]] = {"learned": [], "critical": [], "bid": []}
+    scatter: dict[str, list[np.ndarray]] = {name: [] for name in ("learned", "critical", "bid") if name in (*modes, "bid")}
     recalls: list[np.ndarray] = []
     lies: dict[str, np.ndarray] = {}
     for pool in pools_of(network, samples, rows, config):
@@ -102,28 +104,28 @@ def replay(network: EgaV1, samples: Samples, config: EvaluationConfig, incumbent
         logged, frame = _logged(network, pool, samples, exposed)
         requests.append(frame)
         pages.append(logged)
-        for policy in POLICIES:
-            served = allocate(network, pool, learned=policy == "ega_v1")
-            judged = allocate(network, pool, learned=policy == "ega_v1", evaluator=network.evaluation_evaluator)
-            for name in PRICE_MODES:
-                if policy == "separable" and name == "learned":
+        for policy in (kind, SEPARABLE) if network.generator is not None else (kind,):
+            served = allocate(network, pool, learned=policy == kind)
+            judged = allocate(network, pool, learned=policy == kind, evaluator=network.evaluation_evaluator)
+            for name in modes:
+                if policy == SEPARABLE and name == "learned":
                     continue  # the payment network was trained on the generator's pages
                 price = prices(network, pool, served, name)
                 tag = f"{policy}/{name}"
                 requests.append(_request_frame(tag, pool, samples, judged, price))
                 pages.append(_page_frame(tag, pool, samples, served, price))
-                if policy == "ega_v1":
+                if policy == kind:
                     regret["evaluation"][name].add(network, pool, samples, served, judged, price, judged.ctr, name, config.misreport_points)
                     regret["model"][name].add(network, pool, samples, served, served, price, served.ctr, name, config.misreport_points)
-            if policy == "ega_v1":
+            if policy == kind:
                 near, near_judged = audit_losers(network, pool, served, config.audited_losers, (network.evaluator, network.evaluation_evaluator))
-                for name in PRICE_MODES:
+                for name in modes:
                     regret["evaluation"][name].add_losers(network, pool, near, near_judged, name, config.misreport_points)
                     regret["model"][name].add_losers(network, pool, near, near, name, config.misreport_points)
                 lies = lies or _lies(network, pool, samples, served)
                 shown = served.pages >= 0
                 unit = pool.unit[:, None]
-                for key, value in (("learned", prices(network, pool, served, "learned")), ("critical", served.critical), ("bid", served.bid)):
+                for key, value in (*((mode, prices(network, pool, served, mode)) for mode in ("learned",) if mode in modes), ("critical", served.critical), ("bid", served.bid)):
                     scatter[key].append((value * unit)[shown])
         if incumbent is not None:
             frames = _incumbent(network, incumbent, pool, samples, config)
@@ -138,6 +140,7 @@ def replay(network: EgaV1, samples: Samples, config: EvaluationConfig, incumbent
     ranking = pretrain_metrics(network, samples, rows, 2 * config.batch)
     recall, low, high = mean_and_interval(*_with_users(np.concatenate(recalls), samples.user_id[np.sort(rows)]))
     metrics: dict[str, Any] = {
+        "policy": kind,
         "requests": len(rows),
         "ranking": {
             "auc": ranking["auc"], "auc_exposed_sampled": ranking["auc_exposed"], "auc_exposed": auc(y, base), "auc_evaluator": auc(y, q),
@@ -160,7 +163,7 @@ def _with_users(values: np.ndarray, users: np.ndarray) -> tuple[np.ndarray, np.n
     return (values[kept], np.asarray(users)[kept]) if kept.any() else (np.array([np.nan]), np.array([0]))
 
 
-def pools_of(network: EgaV1, samples: Samples, rows: np.ndarray, config: EvaluationConfig) -> Iterator[Pool]:
+def pools_of(network: RankingModel, samples: Samples, rows: np.ndarray, config: EvaluationConfig) -> Iterator[Pool]:
     """Requests `rows` over the whole city, a batch at a time."""
     rows = np.sort(rows)
     parts = (rows[start : start + config.batch] for start in range(0, len(rows), config.batch))
@@ -181,7 +184,7 @@ def positions_of(ad_rows_N: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def _logged(network: EgaV1, pool: Pool, samples: Samples, exposed: dict[str, list[np.ndarray]]) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _logged(network: RankingModel, pool: Pool, samples: Samples, exposed: dict[str, list[np.ndarray]]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The pages that were really shown, read by the evaluators: calibration, and the incumbent of a first run."""
     slots = network.config.slots
     rows = pool.requests
@@ -204,7 +207,7 @@ def _logged(network: EgaV1, pool: Pool, samples: Samples, exposed: dict[str, lis
 
 
 @torch.no_grad()
-def _read(network: EgaV1, samples: Samples, rows: np.ndarray, exposed: dict[str, list[np.ndarray]]) -> None:
+def _read(network: RankingModel, samples: Samples, rows: np.ndarray, exposed: dict[str, list[np.ndarray]]) -> None:
     """`_logged` for requests of which only the shown ads' pCTRs are wanted."""
     if len(rows) == 0:
         return
@@ -222,7 +225,7 @@ INCUMBENT = "incumbent"
 
 
 @torch.no_grad()
-def _incumbent(network: EgaV1, incumbent: Incumbent, pool: Pool, samples: Samples, config: EvaluationConfig) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _incumbent(network: RankingModel, incumbent: Incumbent, pool: Pool, samples: Samples, config: EvaluationConfig) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Pages and prices of the incumbent for the pool's requests, with CTRs of the candidate's evaluation evaluator."""
     theirs = encode_city(incumbent.network, samples.translate(incumbent.vocabulary), pool.requests, 1 << 30, 0, config.batch)
     served = allocate(incumbent.network, theirs)
@@ -281,7 +284,7 @@ class RegretOfRule:
         self.ratios: list[np.ndarray] = []
         self.worst: dict[str, Any] | None = None
 
-    def add(self, network: EgaV1, pool: Pool, samples: Samples, served: Audit, judged: Audit, price: np.ndarray, ctr: np.ndarray, mode: PriceMode, points: int) -> None:
+    def add(self, network: RankingModel, pool: Pool, samples: Samples, served: Audit, judged: Audit, price: np.ndarray, ctr: np.ndarray, mode: PriceMode, points: int) -> None:
         """Displayed ads: `served` prices, `judged` says how often they would be clicked; price, ctr [B, K] as played."""
         shown = served.pages >= 0
         utility = (judged.bid - price) * ctr * shown
@@ -304,7 +307,7 @@ class RegretOfRule:
                 **{name: float((value * unit)[at]) for name, value in amounts.items()},
             }  # fmt: skip
 
-    def add_losers(self, network: EgaV1, pool: Pool, served: Audit, judged: Audit, mode: PriceMode, points: int) -> None:
+    def add_losers(self, network: RankingModel, pool: Pool, served: Audit, judged: Audit, mode: PriceMode, points: int) -> None:
         """Ads that are not displayed have no utility as played: whatever they can get is gain."""
         best, _ = _best(network, pool, served, judged, mode, _interval_bids(served, points))
         self.losers += float(np.maximum(best, 0.0)[served.pages >= 0].sum())
@@ -331,7 +334,7 @@ def _interval_bids(pages: Audit, points: int) -> np.ndarray:
     return (low[..., None] + (high - low)[..., None] * share).reshape(*pages.bid.shape, -1)
 
 
-def _best(network: EgaV1, pool: Pool, served: Audit, judged: Audit, mode: PriceMode, trial_bids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _best(network: RankingModel, pool: Pool, served: Audit, judged: Audit, mode: PriceMode, trial_bids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Best utility of every audited ad over trial bids and the bid that gives it, [B, J] each: prices as served, CTRs as judged."""
     bidding = try_bids(pool, served, trial_bids)
     clicks = try_bids(pool, judged, trial_bids).ctr
@@ -344,7 +347,7 @@ LIES, LIARS = 81, 4
 """Bids tried, from 0 to twice the value, and ads shown, in the plot of gains against the own bid."""
 
 
-def _lies(network: EgaV1, pool: Pool, samples: Samples, served: Pages) -> dict[str, np.ndarray]:
+def _lies(network: RankingModel, pool: Pool, samples: Samples, served: Pages) -> dict[str, np.ndarray]:
     """What a few displayed ads would gain over bidding their value, for bids from 0 to twice the value, by the evaluator that prices.
 
     lie_bid [A, LIES] and lie_value [A] in currency per click, lie_ad and lie_slot [A], lie_<price mode> [A, LIES] in currency per request.
@@ -363,13 +366,13 @@ def _lies(network: EgaV1, pool: Pool, samples: Samples, served: Pages) -> dict[s
         "lie_bid": trial[request, slot] * unit[:, None], "lie_value": served.bid[request, slot] * unit,
         "lie_ad": np.asarray(samples.ad_id)[ads[pick]], "lie_slot": slot + 1,
     }  # fmt: skip
-    for mode in PRICE_MODES:
+    for mode in price_modes(network):
         utility = ((served.bid[:, :, None] - trial_prices(network, pool, served, bidding, mode)) * bidding.ctr)[request, slot] * unit[:, None]
         result[f"lie_{mode}"] = utility - utility[:, LIES // 2 : LIES // 2 + 1]
     return result
 
 
-def trial_prices(network: EgaV1, pool: Pool, served: Audit, bidding: Bidding, mode: PriceMode) -> np.ndarray:
+def trial_prices(network: RankingModel, pool: Pool, served: Audit, bidding: Bidding, mode: PriceMode) -> np.ndarray:
     """Price per click of trial bids, [B, J, T]."""
     if mode == "critical":
         return bidding.critical

@@ -18,15 +18,12 @@ from safetensors.torch import load as load_tensors
 
 from marketplace import schema
 from model.bundle import sha256_of, state_bytes, write_atomic
-from model.ega_v1.network import EgaV1, NetworkConfig
+from model.ega_v1.network import NetworkConfig, RankingModel
+from model.kinds import STAGES, previous_stage
+from model.training.cascade import rank_stage, train_relabel, train_tower
 from model.training.data import Samples
 from model.training.loop import Device, StageResult
 from model.training.stages import TrainingConfig, build_network, pretrain, train_payment, train_reward, train_rlaf
-
-STAGES = ("pretrain", "reward", "evaluation", "rlaf", "payment")
-"""In training order; `reward` and `evaluation` are the two evaluators of stage 2."""
-
-PREVIOUS = dict(zip(STAGES[1:], STAGES, strict=False))
 
 
 @dataclass(frozen=True)
@@ -41,8 +38,7 @@ def train_stage(
     stage: str, samples_folder: Path, network_config: NetworkConfig, config: TrainingConfig, out: Path, checkpoints: Path, seed: int, device: str = "cpu"
 ) -> StageFiles:
     """Train one stage or find it done; raises if the previous stage is missing."""
-    if stage not in STAGES:
-        raise ValueError(f"stage {stage!r} is unknown; stages are {', '.join(STAGES)}")
+    previous = previous_stage(network_config.kind, stage)
     folder = Path(out) / stage
     fingerprint = stage_fingerprint(stage, samples_folder, network_config, config, out, seed)
     if (done := finished(folder, fingerprint)) is not None:
@@ -54,8 +50,8 @@ def train_stage(
         if len(samples.split_rows(split)) == 0:
             raise ValueError(f"stage {stage}: {samples_folder} has no {name} requests that showed an ad; log more days or move the split days")
     network = build_network(network_config, samples, seed)
-    if stage in PREVIOUS:
-        network.load_state_dict(load_tensors((Path(out) / PREVIOUS[stage] / "model.safetensors").read_bytes()))
+    if previous is not None:
+        network.load_state_dict(load_tensors((Path(out) / previous / "model.safetensors").read_bytes()))
     result = _run(stage, network, samples, config, Path(checkpoints) / stage, where, fingerprint)
     weights = state_bytes(network)
     record = {
@@ -72,11 +68,11 @@ def train_stage(
 
 def stage_fingerprint(stage: str, samples_folder: Path, network_config: NetworkConfig, config: TrainingConfig, out: Path, seed: int) -> dict[str, Any]:
     """Everything the stage's weights depend on: samples, network, its own config, seed and the previous stage's weights."""
-    previous = ""
-    if stage in PREVIOUS:
-        path = Path(out) / PREVIOUS[stage] / "model.safetensors"
+    before, previous = previous_stage(network_config.kind, stage), ""
+    if before is not None:
+        path = Path(out) / before / "model.safetensors"
         if not path.is_file():
-            raise FileNotFoundError(f"stage {stage} needs {path}; train {PREVIOUS[stage]} first")
+            raise FileNotFoundError(f"stage {stage} needs {path}; train {before} first")
         previous = sha256_of(path)
     return {
         "samples": sha256_of(Path(samples_folder) / "manifest.json") if (Path(samples_folder) / "manifest.json").exists() else sha256_of(Path(samples_folder) / "samples.json"),
@@ -98,14 +94,25 @@ def finished(folder: Path, fingerprint: dict[str, Any]) -> StageFiles | None:
     return StageFiles(weights, record) if same else None
 
 
-def load_stage(stage: str, samples: Samples, network_config: NetworkConfig, out: Path, seed: int) -> EgaV1:
+def load_stage(stage: str, samples: Samples, network_config: NetworkConfig, out: Path, seed: int) -> RankingModel:
     """The network as a finished stage left it, in evaluation mode."""
     network = build_network(network_config, samples, seed)
     network.load_state_dict(load_tensors((Path(out) / stage / "model.safetensors").read_bytes()))
     return network.eval()
 
 
-def _run(stage: str, network: EgaV1, samples: Samples, config: TrainingConfig, folder: Path, device: Device, fingerprint: dict[str, Any]) -> StageResult:
+def load_final(samples: Samples, network_config: NetworkConfig, out: Path, seed: int) -> RankingModel:
+    """The trained network: as its kind's last stage left it."""
+    return load_stage(STAGES[network_config.kind][-1], samples, network_config, out, seed)
+
+
+def _run(stage: str, network: RankingModel, samples: Samples, config: TrainingConfig, folder: Path, device: Device, fingerprint: dict[str, Any]) -> StageResult:
+    if stage in ("recall", "prerank"):
+        return train_tower(network, samples, getattr(config, stage), stage, folder, device, fingerprint)
+    if stage == "relabel":
+        return train_relabel(network, samples, config.relabel, config.pretrain, folder, device, fingerprint)
+    if stage == "pretrain" and network.config.kind != "ega_v1":
+        return rank_stage(network, samples, config.pretrain, folder, device, fingerprint)
     if stage == "pretrain":
         return pretrain(network, samples, config.pretrain, folder, device, fingerprint)
     if stage in ("reward", "evaluation"):

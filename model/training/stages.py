@@ -22,8 +22,9 @@ from torch.nn import functional as F
 
 from marketplace import schema
 from model.ega_v1.mechanism import Bidding, Pages, Pool, allocate, learned_prices, page_logits, truthful, try_bids
-from model.ega_v1.network import AD_COLUMNS, PAGE_COLUMNS, Batch, EgaV1, Evaluator, NetworkConfig, allocation_scores
+from model.ega_v1.network import AD_COLUMNS, PAGE_COLUMNS, Batch, EgaV1, Evaluator, NetworkConfig, RankingModel, allocation_scores
 from model.evaluation.metrics import auc, deviation, log_loss
+from model.kinds import create
 from model.layers import take
 from model.training.data import City, Samples, TrainingBatch, geo_table, vocabulary_sizes
 from model.training.loop import Device, LoopConfig, StageResult, run_stage
@@ -130,11 +131,37 @@ class PaymentConfig(LoopConfig):
 
 
 @config_dataclass(frozen=True, config=_STRICT)
-class TrainingConfig:
-    """All four stages."""
+class TowerConfig(LoopConfig):
+    """Recall and pre-ranking of a cascade."""
 
+    hidden_ids: float = Field(0.05, ge=0, lt=1)
+    """As in stage 1."""
+    recall_at: int = Field(50, ge=1)
+    """k of the Recall@k that stops training."""
+
+
+@config_dataclass(frozen=True, config=_STRICT)
+class RelabelConfig(LoopConfig):
+    """FS-LTR: all stages of a cascade trained again, on what a cascade did with every sampled ad."""
+
+    learning_rate: float = Field(5e-4, gt=0)
+    """Adam's peak rate."""
+    hidden_ids: float = Field(0.05, ge=0, lt=1)
+    """As in stage 1."""
+
+
+@config_dataclass(frozen=True, config=_STRICT)
+class TrainingConfig:
+    """The stages of every kind of model; a kind reads what its stages need (model.kinds)."""
+
+    recall: TowerConfig = TowerConfig()
+    """Cascades: SASRec."""
+    prerank: TowerConfig = TowerConfig()
+    """Cascades: DSSM."""
+    relabel: RelabelConfig = RelabelConfig()
+    """FS-LTR."""
     pretrain: PretrainConfig = PretrainConfig()
-    """Stage 1."""
+    """Stage 1; of a cascade, its ranking network."""
     reward: RewardConfig = RewardConfig()
     """Stage 2, training evaluator."""
     evaluation: RewardConfig = RewardConfig(seed=2)
@@ -147,12 +174,12 @@ class TrainingConfig:
     """CPU threads of every stage; part of the result."""
 
 
-def build_network(config: NetworkConfig, samples: Samples, seed: int) -> EgaV1:
+def build_network(config: NetworkConfig, samples: Samples, seed: int) -> RankingModel:
     """A freshly initialised network for a sample folder; equal seeds give equal bytes."""
     torch.manual_seed(seed)
     sizes = vocabulary_sizes(samples.vocabulary)
     shown, elsewhere = samples.prior_rates
-    network = EgaV1(config, sizes, geo_table(samples.vocabulary, config.embedding, seed), prior_ctr=shown)
+    network = create(config, sizes, geo_table(samples.vocabulary, config.embedding, seed), prior_ctr=shown)
     with torch.no_grad():
         network.unexposed_start.fill_(float(torch.logit(torch.tensor(elsewhere)) - torch.logit(torch.tensor(shown))))
     return network
@@ -162,12 +189,12 @@ def build_network(config: NetworkConfig, samples: Samples, seed: int) -> EgaV1:
 # Stage 1
 
 
-def pretrain_loss(network: EgaV1, batch: TrainingBatch, config: PretrainConfig) -> Tensor:
+def pretrain_loss(network: RankingModel, batch: TrainingBatch, config: PretrainConfig) -> Tensor:
     """Eq. 20 over K exposed and N_s unexposed candidates, a mean over requests divided by K, with the purchase task.
 
     An unexposed ad is in the sample with probability pi_i when the user did not choose it and surely when the user did, so its
     sampled log-odds exceed the true ones by -log pi_i, whatever its label; adding that to the logit leaves q calibrated. A learned curve
-    (`EgaV1.unexposed_logits`) separates "chosen elsewhere" from "clicked when shown", so that q is the probability of a click *when
+    (`RankingModel.unexposed_logits`) separates "chosen elsewhere" from "clicked when shown", so that q is the probability of a click *when
     shown*.
     """
     h, user = network.encode(batch.inputs)
@@ -199,13 +226,13 @@ def hide_ids(ad_fields_BNF: Tensor, rate: float, noise: torch.Generator) -> Tens
     return fields
 
 
-def in_slot(network: EgaV1, logit_BM: Tensor) -> Tensor:
-    """Logits of samples with `EgaV1.slot_logits` added to their first K columns, which hold the exposed ads in slot order."""
+def in_slot(network: RankingModel, logit_BM: Tensor) -> Tensor:
+    """Logits of samples with `RankingModel.slot_logits` added to their first K columns, which hold the exposed ads in slot order."""
     return logit_BM + F.pad(network.slot_logits(), (0, logit_BM.shape[1] - network.config.slots))
 
 
 @torch.no_grad()
-def pretrain_metrics(network: EgaV1, samples: Samples, rows: np.ndarray, batch: int) -> dict[str, float]:
+def pretrain_metrics(network: RankingModel, samples: Samples, rows: np.ndarray, batch: int) -> dict[str, float]:
     """AUC on all sampled candidates, on exposed ones, Dev and log-loss on exposed ones, all of q alone.
 
     `score` is the mean of the AUC on all and of `auc_exposed_in_slot`, which adds the slot's term to q: judged by q alone, a
@@ -229,7 +256,7 @@ def pretrain_metrics(network: EgaV1, samples: Samples, rows: np.ndarray, batch: 
     return {"score": (result["auc"] + result["auc_exposed_in_slot"]) / 2, **result}
 
 
-def pretrain(network: EgaV1, samples: Samples, config: PretrainConfig, folder: Path, device: Device, fingerprint: dict[str, Any]) -> StageResult:
+def pretrain(network: RankingModel, samples: Samples, config: PretrainConfig, folder: Path, device: Device, fingerprint: dict[str, Any]) -> StageResult:
     """Stage 1: everything before AucFormer."""
     parameters = network.enter_stage("pretrain")
     rows = newest(samples.split_rows(schema.TRAIN), config.requests)
@@ -260,7 +287,7 @@ def level_for(logits: np.ndarray, rate: float) -> float:
     return (low + high) / 2
 
 
-def intercept_shift(network: EgaV1, samples: Samples, rows: np.ndarray, seen_in_city: int) -> float:
+def intercept_shift(network: RankingModel, samples: Samples, rows: np.ndarray, seen_in_city: int) -> float:
     """What to add to the set-aware click logits so that mean pCTR equals CTR on exposed ads, seen among the whole city as in serving.
 
     `rows` are validation requests: what a model says of pages that it was trained on is some per cent lower than what it says of
@@ -337,7 +364,7 @@ def ahead(work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         torch.set_num_threads(threads)
 
 
-def _city_batches(samples: Samples, rows: np.ndarray, batch: int = 32) -> Iterator[tuple[np.ndarray, City, Batch]]:
+def city_batches(samples: Samples, rows: np.ndarray, batch: int = 32) -> Iterator[tuple[np.ndarray, City, Batch]]:
     """Requests [B] of one day and city, with that city and the inputs for its whole active catalogue."""
     order = rows[np.lexsort((rows, samples.city_code[rows], samples.day[rows]))]
     place = np.stack([np.asarray(samples.day[order]), np.asarray(samples.city_code[order])], 1)
@@ -350,7 +377,7 @@ def _city_batches(samples: Samples, rows: np.ndarray, batch: int = 32) -> Iterat
 
 
 @torch.no_grad()
-def encode_city(network: EgaV1, samples: Samples, rows: np.ndarray, candidates: int, seed: int, batch: int = 32) -> Pool:
+def encode_city(network: RankingModel, samples: Samples, rows: np.ndarray, candidates: int, seed: int, batch: int = 32) -> Pool:
     """The whole active city as candidates, as in serving; beyond `candidates` half are kept by q*b and half at random.
 
     The network always sees the whole city; only what is *kept* for the later stage is thinned.
@@ -361,25 +388,27 @@ def encode_city(network: EgaV1, samples: Samples, rows: np.ndarray, candidates: 
     draw = np.random.default_rng(seed)
 
     def encoded(group: tuple[np.ndarray, City, Batch]) -> tuple[Any, ...]:
-        h, user = network.encode(group[2])
-        return (*group, h, user, *network.heads(h, user))
+        requests, city, inputs = group
+        shown = torch.from_numpy(np.stack([places_of(page, city.rows) for page in samples.candidate[requests, : samples.slots]])).clamp(min=0)
+        h, user, reached = network.survey(network.city_states(inputs.ad_fields, inputs.ad_mask), inputs, shown)
+        return (*group, h, user, reached, *network.heads(h, user))
 
-    for requests, city, inputs, h, user, click, purchase in ahead(encoded, _city_batches(samples, rows, batch)):
+    for requests, city, inputs, h, user, reached, click, purchase in ahead(encoded, city_batches(samples, rows, batch)):
         bid = np.broadcast_to(city.bid, click.shape)
         chosen = _thin(torch.sigmoid(click).numpy() * bid, keep, draw)
         index = torch.from_numpy(chosen)
         parts.append((
             requests, take(h, index).numpy(), user.numpy(), torch.gather(click, 1, index).numpy(), torch.gather(purchase, 1, index).numpy(),
             city.bid[chosen], city.reserve[chosen], city.rows[chosen], np.full(len(requests), city.unit), inputs.ad_fields[0, :, PAGE_COLUMNS].numpy()[chosen],
+            torch.gather(reached, 1, index).numpy(),
         ))  # fmt: skip
-    columns = [_stack([part[i] for part in parts], keep) for i in range(10)]
-    mask = columns[7] >= 0
+    columns = [_stack([part[i] for part in parts], keep) for i in range(11)]
     back = np.argsort(columns[0], kind="stable")
-    requests, h, user, click, purchase, bid, reserve, ad_rows, unit, codes = (column[back] for column in columns)
-    mask = mask[back]
+    requests, h, user, click, purchase, bid, reserve, ad_rows, unit, codes, mask = (column[back] for column in columns)
+    real = ad_rows >= 0
     return Pool(
-        requests, torch.from_numpy(h), torch.from_numpy(codes * mask[..., None]), torch.from_numpy(user), torch.from_numpy(click), torch.from_numpy(purchase),
-        torch.from_numpy(bid * mask).float(), torch.from_numpy(reserve * mask).float(), torch.from_numpy(mask), ad_rows, unit,
+        requests, torch.from_numpy(h), torch.from_numpy(codes * real[..., None]), torch.from_numpy(user), torch.from_numpy(click), torch.from_numpy(purchase),
+        torch.from_numpy(bid * real).float(), torch.from_numpy(reserve * real).float(), torch.from_numpy(mask), ad_rows, unit,
     )
 
 
@@ -406,7 +435,7 @@ def _stack(parts: list[np.ndarray], keep: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def encode_exposed(network: EgaV1, samples: Samples, rows: np.ndarray, whole_city: bool = False, batch: int = 128) -> dict[str, Tensor]:
+def encode_exposed(network: RankingModel, samples: Samples, rows: np.ndarray, whole_city: bool = False, batch: int = 128) -> dict[str, Tensor]:
     """Frozen representations of the exposed pages of `rows`, in time order: h [R, K, D], codes [R, K, 2] and so on.
 
     The pages are seen among their sampled candidates, as in pre-training, or among the whole city, as in serving.
@@ -428,7 +457,7 @@ def encode_exposed(network: EgaV1, samples: Samples, rows: np.ndarray, whole_cit
         return chosen, h[:, :slots].contiguous(), user, b.exposed[:, :slots], b.inputs.ad_fields[:, :slots, PAGE_COLUMNS]
 
     if whole_city:
-        parts = list(ahead(in_city, _city_batches(samples, rows)))
+        parts = list(ahead(in_city, city_batches(samples, rows)))
     else:
         parts = list(ahead(in_sample, (rows[start : start + batch] for start in range(0, len(rows), batch))))
     order = torch.from_numpy(np.argsort(np.concatenate([part[0] for part in parts]), kind="stable"))
@@ -446,7 +475,7 @@ PAGE_INPUTS = ("h", "codes", "user", "click_logit", "purchase_logit", "mask")
 
 
 def train_reward(
-    network: EgaV1, samples: Samples, config: RewardConfig, which: Literal["reward", "evaluation"], folder: Path, device: Device,
+    network: RankingModel, samples: Samples, config: RewardConfig, which: Literal["reward", "evaluation"], folder: Path, device: Device,
     fingerprint: dict[str, Any],
 ) -> StageResult:
     """Stage 2 (Eq. 21). The two evaluators learn from alternate training days, all of them, so their errors are not shared."""

@@ -14,14 +14,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_tiny import NETWORK, TRAINING
+from model_tiny import CASCADE, NETWORK, TRAINING
 from samples_fixture import tiny_samples
 
 from model.bundle import sha256_of
+from model.ega_v1.network import NetworkConfig
+from model.kinds import STAGES as STAGES_OF
 from model.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, stage_lock
-from model.training.run import STAGES, train_stage
+from model.training.run import train_stage
 
 SEED = 5
+CASCADE_STAGES = STAGES_OF["fs_ltr"]
+STAGES = STAGES_OF["ega_v1"]
 POINTS = ("checkpoint.before", "checkpoint.written", "checkpoint.pointed")
 
 # A server that has imported the model forks the processes to be killed: a fraction of a second each instead of a cold start.
@@ -29,10 +33,15 @@ _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(["model.training.run"])
 
 
+def network_of(stage: str) -> NetworkConfig:
+    """A tiny configuration of a kind that has the stage."""
+    return NETWORK if stage in STAGES else CASCADE
+
+
 def train(stage: str, samples: Path, out: Path, checkpoints: Path, failpoint: str) -> None:
     """What a child runs."""
     os.environ["EGA_FAILPOINT"] = failpoint
-    train_stage(stage, samples, NETWORK, TRAINING, out, checkpoints, SEED)
+    train_stage(stage, samples, network_of(stage), TRAINING, out, checkpoints, SEED)
 
 
 def child(stage: str, samples: Path, out: Path, checkpoints: Path, failpoint: str = "") -> multiprocessing.process.BaseProcess:
@@ -48,22 +57,25 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[st
     samples = tiny_samples(root / "samples", requests=160, ads=30, unexposed=8)
     digests = {}
     threads = torch.get_num_threads()
-    for stage in STAGES:
-        digests[stage] = sha256_of(train_stage(stage, samples, NETWORK, TRAINING, root / "stages", root / "checkpoints", SEED).weights)
+    for network, stages in ((CASCADE, CASCADE_STAGES), (NETWORK, STAGES)):  # stages of one name: the digest is EGA-V1's
+        for stage in stages:
+            digests[stage] = sha256_of(train_stage(stage, samples, network, TRAINING, root / network.kind, root / f"{network.kind}-checkpoints", SEED).weights)
     torch.set_num_threads(threads)
-    return samples, root / "stages", digests
+    return samples, root, digests
 
 
 def started(stages: Path, stage: str, out: Path) -> Path:
     """A run folder in which everything before `stage` is done."""
-    for before in STAGES[: STAGES.index(stage)]:
-        shutil.copytree(stages / before, out / before)
+    order, kind = (STAGES, NETWORK.kind) if stage in STAGES else (CASCADE_STAGES, CASCADE.kind)
+    for before in order[: order.index(stage)]:
+        shutil.copytree(stages / kind / before, out / before)
     return out
 
 
 # Checkpoints are saved at steps 0, 4, 8 and at the end: passages 1 to 4 of every point.
 KILLS = [("pretrain", f"{point}{count}") for point in POINTS for count in ("", "@2")]
 KILLS += [("pretrain", "checkpoint.pointed@4"), ("reward", "checkpoint.written@2"), ("evaluation", "checkpoint.pointed@2"), ("rlaf", "checkpoint.pointed@2"), ("payment", "checkpoint.written@3")]
+KILLS += [("recall", "checkpoint.pointed@2"), ("prerank", "checkpoint.written@2"), ("relabel", "checkpoint.pointed@2")]
 
 
 @pytest.mark.parametrize(("stage", "failpoint"), KILLS)
@@ -78,7 +90,7 @@ def test_killed_and_resumed_gives_the_same_bytes(whole: tuple[Path, Path, dict[s
     assert (found is None) is (failpoint in ("checkpoint.before", "checkpoint.written"))
     if found is not None:
         assert found[0] < 8 or failpoint.endswith("@4")
-    weights = train_stage(stage, samples, NETWORK, TRAINING, out, tmp_path / "checkpoints", SEED).weights
+    weights = train_stage(stage, samples, network_of(stage), TRAINING, out, tmp_path / "checkpoints", SEED).weights
     assert sha256_of(weights) == digests[stage]
     left = sorted(path.name for path in (tmp_path / "checkpoints" / stage).iterdir())
     assert left == [".lock", "latest.json", "step-00000008.safetensors"]

@@ -25,8 +25,9 @@ from model.evaluation.evaluate import bundle_candidate, evaluate_candidate, fini
 from model.evaluation.gates import GateConfig, calibration_gate, choose_price_mode, ic_gate, judge, revenue_gate
 from model.evaluation.metrics import auc, deviation, log_loss, mean_and_interval, recall_at
 from model.evaluation.replay import LIES, EvaluationConfig, Incumbent, positions_of, replay, trial_prices
+from model.kinds import STAGES
 from model.training.data import Samples
-from model.training.run import STAGES, train_stage
+from model.training.run import train_stage
 from model.training.stages import build_network
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,7 +220,7 @@ def test_revenue_gate_refuses_what_cannot_be_compared(both: pd.DataFrame) -> Non
      (0.01, float("nan"), 1.0, "critical"), (0.01, 1.0, 0.0, "critical"), (0.01, 1.0, float("nan"), "critical")],
 )  # fmt: skip
 def test_learned_prices_must_earn_their_place(psi: float, learned: float, critical: float, mode: str) -> None:
-    metrics = {"psi": {"learned": {**HONEST, "psi_exact_model": psi}}, "policies": {"ega_v1/learned": {"erpm": learned}, "ega_v1/critical": {"erpm": critical}}}
+    metrics = {"policy": "ega_v1", "psi": {"learned": {**HONEST, "psi_exact_model": psi}}, "policies": {"ega_v1/learned": {"erpm": learned}, "ega_v1/critical": {"erpm": critical}}}
     assert choose_price_mode(metrics, GATES) == mode
 
 
@@ -379,9 +380,9 @@ def test_no_test_days_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
 
 
 def test_a_candidate_from_files_to_a_bundle(market: SimpleNamespace, tmp_path: Path) -> None:
-    config = replace(TRAINING, **{stage: replace(getattr(TRAINING, stage), steps=2, validate_every=1) for stage in STAGES})
+    config = replace(TRAINING, **{stage: replace(getattr(TRAINING, stage), steps=2, validate_every=1) for stage in STAGES["ega_v1"]})
     threads = torch.get_num_threads()
-    for stage in STAGES:
+    for stage in STAGES["ega_v1"]:
         last = train_stage(stage, market.folder, NETWORK, config, tmp_path / "stages", tmp_path / "checkpoints", 3)
     arguments = (market.folder, tmp_path / "stages", NETWORK, config, EvaluationConfig(requests=30))
     metrics = evaluate_candidate(*arguments, GATES, tmp_path / "evaluation", 3)

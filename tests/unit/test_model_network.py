@@ -335,7 +335,7 @@ def test_dice_moves_in_pretraining_only() -> None:
         assert learns == {id(p) for p in network.parameters() if p.requires_grad} and learns
         moving = [name for name, layer in network.named_modules() if isinstance(layer, Dice) and not layer.frozen]
         assert bool(moving) is (stage == "pretrain") and not any(name.startswith("generator") for name in moving)
-    sets = {stage: {id(p) for p in network.stage_parameters(stage)} for stage in ("pretrain", "reward", "evaluation", "rlaf", "payment")}
+    sets = {stage: {id(p) for p in network.enter_stage(stage)} for stage in ("pretrain", "reward", "evaluation", "rlaf", "payment")}
     assert sum(map(len, sets.values())) == len(set().union(*sets.values())) == len(list(network.parameters()))
 
 

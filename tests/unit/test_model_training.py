@@ -23,10 +23,11 @@ import auction
 from auction.critical import reachable_slots, step_prices, step_prices_everywhere
 from marketplace import schema
 from model.ega_v1.mechanism import Audit, allocate, audit_losers, others_bids, page_logits, truthful, try_bids
+from model.kinds import STAGES as STAGES_OF
 from model.training import loop
 from model.training.data import Samples, epoch_order
 from model.training.loop import Device, LoopConfig, run_stage
-from model.training.run import STAGES, load_stage, train_stage
+from model.training.run import load_stage, train_stage
 from model.training.stages import (
     PAGE_INPUTS,
     build_network,
@@ -50,6 +51,7 @@ from model.training.stages import (
     spread,
 )
 
+STAGES = STAGES_OF["ega_v1"]
 STEPS = {"pretrain": 60, "reward": 60, "evaluation": 30, "rlaf": 40, "payment": 16}
 
 
@@ -133,7 +135,7 @@ def test_every_stage_changes_its_own_weights_only(trained: SimpleNamespace) -> N
     network = build_network(NETWORK, trained.samples, 5)
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     for before, after in itertools.pairwise(STAGES):
-        allowed = {names[id(parameter)] for parameter in network.stage_parameters(after)}
+        allowed = {names[id(parameter)] for parameter in network.enter_stage(after)}
         changed = {name for name in states[before] if not torch.equal(states[before][name], states[after][name])}
         assert changed <= allowed, f"{after} moved {sorted(changed - allowed)[:3]}"
         if trained.results[after].result["best_step"] > 0 or after in ("reward", "evaluation"):

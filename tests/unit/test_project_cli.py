@@ -238,7 +238,7 @@ def test_submit_sends_the_pipeline_with_the_runs_arguments(backend, capsys):
     assert path.startswith("/apis/v2beta1/runs") and run["display_name"] == "try-1"
     parameters = run["runtime_config"]["parameters"]
     assert parameters["logs"] == "/ega/logs/june" and parameters["run_dir"] == "/ega/runs/try-1" and parameters["home"] == "/ega/home/ci"
-    assert parameters["behaviours"] == load_run_config(CI).features.behaviours and parameters["fresh"] is False and json.loads(parameters["network"])["width"] == load_run_config(CI).network.width
+    assert parameters["behaviours"] == load_run_config(CI).features.behaviours and parameters["fresh"] is False and json.loads(parameters["model"])["width"] == load_run_config(CI).model.width
     spec = run["pipeline_spec"]
     assert spec["pipeline_spec"]["pipelineInfo"]["name"] == "train-and-approve" and "kubernetes" in spec["platform_spec"]["platforms"]
 
