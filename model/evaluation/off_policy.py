@@ -65,7 +65,8 @@ def estimate(logged: LoggedPages, target_RK: np.ndarray, value_RK: np.ndarray, f
     Returns: `direct`, forecasts alone; `ips`, unbiased but wild; `snips`, self-normalised by the sum of the weights, slot by
     slot; `clipped`, self-normalised with weights capped at sqrt(R) (Ionides 2008), a little biased and much calmer; `dr`, doubly
     robust (Dudik et al. 2014): forecast plus weighted error of the forecast, right if either propensities or forecasts are;
-    `dr_clipped`, the same with capped, self-normalised weights. NaN where no logged page agrees with the target's.
+    `dr_clipped`, the same with capped, self-normalised weights. Where no logged page agrees with the target's, `snips` and `clipped`
+    are NaN and the doubly robust ones are the forecast, uncorrected: read them with `mean_weight`.
     For each slot `mean_weight` ([mean, low, high]) and `effective_sample_size`, (sum w)^2 / sum w^2 requests.
     """
     shown = target_RK >= 0
@@ -79,7 +80,7 @@ def estimate(logged: LoggedPages, target_RK: np.ndarray, value_RK: np.ndarray, f
         "snips": _normalised(weight, reward, shown),
         "clipped": _normalised(capped, reward, shown),
         "dr": (expected + weight * (reward - expected)).sum(1),
-        "dr_clipped": expected.sum(1) + _normalised(capped, reward - expected, shown),
+        "dr_clipped": expected.sum(1) + _normalised(capped, reward - expected, shown & capped.any(0)),
     }
     result: dict[str, Any] = {name: list(mean_and_interval(values, logged.user)) for name, values in per_request.items()}
     square = np.square(weight).sum(0)

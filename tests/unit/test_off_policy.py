@@ -151,7 +151,8 @@ def test_without_support_there_is_no_estimate_and_the_mean_weight_says_so() -> N
     logged = drawn(300, rng)
     target = np.full((300, SLOTS), 77)  # an ad that the logging policy never shows
     result = estimate(logged, target, same(PRICE, 300), same(np.full(SLOTS, 0.1), 300))
-    assert np.isnan(result["snips"][0]) and np.isnan(result["dr_clipped"][0])
+    assert np.isnan(result["snips"][0]) and np.isnan(result["clipped"][0]) and result["ips"] == [0.0, 0.0, 0.0]
+    assert result["dr_clipped"][0] == result["dr"][0] == result["direct"][0]
     assert result["mean_weight"] == [[0.0, 0.0, 0.0]] * SLOTS and result["effective_sample_size"] == [0.0] * SLOTS
     assert result["direct"][0] == pytest.approx(0.1 * PRICE.sum())
 
