@@ -15,7 +15,7 @@ from model.bundle import BundleError, load_bundle, signing_key, verify_bundle
 from model.ega_v1.network import NetworkConfig
 from model.evaluation.evaluate import bundle_candidate, evaluate_candidate, finite_only
 from model.evaluation.gates import GateConfig
-from model.evaluation.plots import calibration_svg, lies_svg, page, price_scatter_svg, roc_curve, roc_svg, table
+from model.evaluation.plots import calibration_svg, lies_svg, number, page, price_scatter_svg, roc_curve, roc_svg, table
 from model.evaluation.replay import SEPARABLE, EvaluationConfig, Incumbent
 from model.training.stages import TrainingConfig
 
@@ -149,6 +149,47 @@ PSI = ("psi_exact", "psi_loser", "psi_paper")
 PSI_NOTE = "<p>What ads could gain by lying about their bid, over the utility of the displayed ads; the page is generated again for every lie.</p>"
 
 
+OFF_POLICY_NOTE = (
+    "<p>What the candidate's pages would have earned on the same requests, estimated from what readers did on the logged pages, which are the result "
+    "of exploration with known propensities. The forecasts need no log but trust a model; the estimates trust the log and one assumption: that a click depends "
+    "on the ads down to its slot (cascade) or on its own ad and slot alone (slot). A mean weight below 1 says which part of the candidate's pages the logging policy "
+    "could not have shown: of that part nothing was observed, and a doubly robust figure is then the forecast again. A small effective sample says that the "
+    "interval is wide because few logged pages agree.</p>"
+)
+
+
+def off_policy_rows(metrics: dict[str, Any], truth: dict[str, Any] | None) -> list[tuple[Any, ...]]:
+    """One row a policy, measure and source: what to believe where there is no simulator, and the truth beside it where there is one."""
+    table, mode = metrics["off_policy"], metrics["price_mode"]
+    measures = (("ectr_percent", "eCTR %", "ectr_per_request", 100.0), ("erpm", "eRPM", "erpm_per_1000_requests", 1.0))
+    rows: list[tuple[Any, ...]] = [("logged", label, "counted in the log", table["logged"][name][0], _span(table["logged"][name]), "", "") for name, label, _, _ in measures]
+    for policy in (f"ega_v1/{mode}", "separable/critical"):
+        entry = table["policies"][policy]
+        for name, label, true_name, scale in measures:
+            rows.append((policy, label, "forecast of the evaluator it was trained on", entry[name]["reward_model"], "", "", ""))
+            rows.append((policy, label, "forecast of the evaluation evaluator", entry[name]["cascade"]["direct"][0], _span(entry[name]["cascade"]["direct"]), "", ""))
+            for structure in ("cascade", "slot"):
+                found = entry[name][structure]
+                support = f"{number(found['mean_weight'][0][0])} to {number(found['mean_weight'][-1][0])}"
+                sample = f"{number(found['effective_sample_size'][0])} to {number(found['effective_sample_size'][-1])}"
+                for key, title in OFF_POLICY_NAMES.items():
+                    rows.append((policy, label, f"{title}, {structure}", found[key][0], _span(found[key]), support, sample))
+            if truth:
+                value = truth["policies"][policy][true_name]
+                rows.append((policy, label, "TRUTH of the market", scale * value["mean"], _span([scale * value[x] for x in ("mean", "low", "high")]), "", ""))
+    return rows
+
+
+OFF_POLICY_NAMES = {
+    "ips": "inverse propensity", "clipped": "self-normalised, clipped", "dr": "doubly robust", "dr_clipped": "doubly robust, clipped",
+}  # fmt: skip
+
+
+def _span(estimate: list[float | None]) -> str:
+    low, high = estimate[1:]
+    return "" if low is None or high is None else f"{number(low)} to {number(high)}"
+
+
 def candidate_sections(run_dir: Path, truth: dict[str, Any] | None = None) -> list[tuple[str, str]]:
     """(heading, HTML) pieces about a judged candidate: gates, what moved (also in the market's truth, where there is one),
     policies, prices, calibration, ROC."""
@@ -172,6 +213,7 @@ def candidate_sections(run_dir: Path, truth: dict[str, Any] | None = None) -> li
         ("Gates", table(("gate", "verdict", "reason"), gates)),
         ("What each stage moved", table(("stage", "measure", "on", "before", "after", "improved"), moved)),
         ("Policies on the test days, by the evaluation evaluator", table(("policy / prices", "eCTR % per request", "eRPM per 1000 requests", "95 % interval", "bid value per 1000"), policies)),
+        ("Off-policy check: what the log says of the candidate's pages", OFF_POLICY_NOTE + table(("policy / prices", "measure", "source", "value", "95 % interval", "mean weight, first to last slot", "effective sample, requests"), off_policy_rows(metrics, truth))),
         ("Incentive compatibility", PSI_NOTE + table(("prices", *(f"{kind}, {judge}" for judge in ("pricing evaluator", "evaluation evaluator") for kind in ("displayed", "losers", "paper's grid")), ""), psi)),
         ("Gain from lying against the own bid: four displayed ads", lies_svg(data, mode) if len(data["lie_ad"]) else "<p>no ad was displayed</p>"),
         ("Ranking and calibration", table(("measure", "value"), ranking)),

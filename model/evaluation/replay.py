@@ -35,6 +35,7 @@ from model.ega_v1.mechanism import (
 )
 from model.ega_v1.network import RankingModel
 from model.evaluation.metrics import auc, deviation, log_loss, mean_and_interval, recall_at
+from model.evaluation.off_policy import STRUCTURES, LoggedPages, estimate
 from model.training.data import Samples
 from model.training.stages import PAGE_INPUTS, ahead, encode_city, encode_exposed, logged_pages, newest, places_of, pretrain_metrics
 
@@ -65,7 +66,7 @@ class Replay:
     per_request: pd.DataFrame
     """policy, request_id, user_id, clicks, revenue (currency), bid_value: sums over the page by the evaluation evaluator."""
     pages: pd.DataFrame
-    """policy, request_id, slot, ad_id, bid, payment, pctr; one row a displayed ad."""
+    """policy, request_id, slot, ad_id, bid, payment, pctr (of the evaluator that priced), judged_pctr (of the evaluation evaluator); one row a displayed ad."""
     plots: dict[str, np.ndarray]
     """exposed_click, exposed_pctr (calibration, ROC); learned (if the model has a payment network), critical, bid of displayed ads (scatter); lie_* (see `_lies`)."""
 
@@ -113,7 +114,7 @@ def replay(network: RankingModel, samples: Samples, config: EvaluationConfig, in
                 price = prices(network, pool, served, name)
                 tag = f"{policy}/{name}"
                 requests.append(_request_frame(tag, pool, samples, judged, price))
-                pages.append(_page_frame(tag, pool, samples, served, price))
+                pages.append(_page_frame(tag, pool, samples, served, price, judged.ctr))
                 if policy == kind:
                     regret["evaluation"][name].add(network, pool, samples, served, judged, price, judged.ctr, name, config.misreport_points)
                     regret["model"][name].add(network, pool, samples, served, served, price, served.ctr, name, config.misreport_points)
@@ -133,7 +134,7 @@ def replay(network: RankingModel, samples: Samples, config: EvaluationConfig, in
             requests.append(frames[1])
     read_only = newest(samples.split_rows(schema.TEST), config.calibration_requests)
     _read(network, samples, np.setdiff1d(read_only, rows), exposed)
-    per_request = pd.concat(requests, ignore_index=True)
+    per_request, all_pages = (pd.concat(frames, ignore_index=True) for frames in (requests, pages))
     y, q = (np.concatenate(exposed[name]) for name in ("click", "evaluator"))
     base, other = (np.concatenate(exposed[name]) for name in ("set", "evaluation"))
     _, low_level, high_level = mean_and_interval(q, np.concatenate(exposed["user"]), over=y)
@@ -149,13 +150,14 @@ def replay(network: RankingModel, samples: Samples, config: EvaluationConfig, in
             f"recall_at_{config.recall_at}": recall, f"recall_at_{config.recall_at}_interval": [low, high],
         },
         "policies": _policy_table(per_request),
+        "off_policy": off_policy_table(all_pages, samples, np.sort(rows)),
         "psi": {
             name: {**value.psi(), **{f"{key}_model": mine for key, mine in regret["model"][name].psi().items() if key.startswith("psi_")}}
             for name, value in regret["evaluation"].items()
         },
     }  # fmt: skip
     plots = {"exposed_click": y, "exposed_pctr": q, **{name: np.concatenate(value) for name, value in scatter.items()}, **lies}
-    return Replay(metrics, per_request, pd.concat(pages, ignore_index=True), plots)
+    return Replay(metrics, per_request, all_pages, plots)
 
 
 def _with_users(values: np.ndarray, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -203,7 +205,7 @@ def _logged(network: RankingModel, pool: Pool, samples: Samples, exposed: dict[s
     payment = np.nan_to_num(np.asarray(samples.exposed_payment[rows])) * shown
     bid = np.nan_to_num(np.asarray(samples.exposed_bid[rows])) * shown
     frame = _sum_frame("logged", pool, samples, ctr["evaluation"] * shown, payment, bid)
-    return _rows_frame("logged", pool, samples, page, bid, payment, ctr["evaluator"]), frame
+    return _rows_frame("logged", pool, samples, page, bid, payment, ctr["evaluator"], ctr["evaluation"]), frame
 
 
 @torch.no_grad()
@@ -234,7 +236,7 @@ def _incumbent(network: RankingModel, incumbent: Incumbent, pool: Pool, samples:
     logit, _ = page_logits(network.evaluation_evaluator, pool, torch.from_numpy(served.pages))
     ctr = torch.sigmoid(logit).double().numpy() * (served.pages >= 0)
     unit = pool.unit[:, None]
-    return _page_frame(INCUMBENT, pool, samples, served, price), _sum_frame(INCUMBENT, pool, samples, ctr, price * unit, served.bid * unit)
+    return _page_frame(INCUMBENT, pool, samples, served, price, ctr), _sum_frame(INCUMBENT, pool, samples, ctr, price * unit, served.bid * unit)
 
 
 def _request_frame(tag: str, pool: Pool, samples: Samples, judged: Pages, price: np.ndarray) -> pd.DataFrame:
@@ -249,17 +251,20 @@ def _sum_frame(tag: str, pool: Pool, samples: Samples, ctr: np.ndarray, price: n
     })  # fmt: skip
 
 
-def _page_frame(tag: str, pool: Pool, samples: Samples, pages: Pages, price: np.ndarray) -> pd.DataFrame:
+def _page_frame(tag: str, pool: Pool, samples: Samples, pages: Pages, price: np.ndarray, judged: np.ndarray) -> pd.DataFrame:
     unit = pool.unit[:, None]
-    return _rows_frame(tag, pool, samples, pages.pages, pages.bid * unit, price * unit, pages.ctr)
+    return _rows_frame(tag, pool, samples, pages.pages, pages.bid * unit, price * unit, pages.ctr, judged)
 
 
-def _rows_frame(tag: str, pool: Pool, samples: Samples, page: np.ndarray, bid: np.ndarray, price: np.ndarray, ctr: np.ndarray) -> pd.DataFrame:
+def _rows_frame(
+    tag: str, pool: Pool, samples: Samples, page: np.ndarray, bid: np.ndarray, price: np.ndarray, ctr: np.ndarray, judged: np.ndarray
+) -> pd.DataFrame:
     request, slot = np.nonzero(page >= 0)
     ad_rows = pool.ad_rows[request, page[request, slot]]
     return pd.DataFrame({
         "policy": tag, "request_id": samples.request_id[pool.requests][request], "slot": (slot + 1).astype(np.int32), "ad_id": np.asarray(samples.ad_id)[ad_rows],
-        "bid": bid[request, slot], "payment": price[request, slot], "pctr": ctr[request, slot].astype(np.float32),
+        "bid": bid[request, slot], "payment": price[request, slot],
+        "pctr": ctr[request, slot].astype(np.float32), "judged_pctr": judged[request, slot].astype(np.float32),
     })  # fmt: skip
 
 
@@ -273,6 +278,39 @@ def _policy_table(per_request: pd.DataFrame) -> dict[str, dict[str, Any]]:
             "ectr_percent": 100 * ectr[0], "ectr_interval": [100 * x for x in ectr[1:]],
             "erpm": 1000 * erpm[0], "erpm_interval": [1000 * x for x in erpm[1:]], "bid_value_per_1000": 1000 * bids[0],
         }  # fmt: skip
+    return table
+
+
+def off_policy_table(pages: pd.DataFrame, samples: Samples, rows: np.ndarray) -> dict[str, Any]:
+    """Clicks (% a request) and revenue (per 1000 requests) of every policy's pages, estimated from what happened on the logged ones.
+
+    `logged` holds what was really clicked and paid; every policy the forecast of the evaluator that it was trained on
+    (`reward_model`) and `off_policy.estimate` under both assumptions about readers.
+    """
+    ids = np.asarray(samples.request_id[rows])
+    order = np.argsort(ids)
+    slots = samples.propensity.shape[1]
+    candidate, user = np.asarray(samples.candidate[rows, :slots]), np.asarray(samples.user_id[rows])
+    shown = candidate >= 0
+    log = LoggedPages(np.where(shown, np.asarray(samples.ad_id)[candidate], -1), np.asarray(samples.propensity[rows], np.float64), np.asarray(samples.click[rows, :slots]) * shown, user)
+    paid = log.click * np.nan_to_num(np.asarray(samples.exposed_payment[rows]))
+    table: dict[str, Any] = {"requests": len(rows), "policies": {}}
+    table["logged"] = {"ectr_percent": [100 * x for x in mean_and_interval(log.click.sum(1), user)], "erpm": [1000 * x for x in mean_and_interval(paid.sum(1), user)]}
+    for policy, frame in pages[pages["policy"] != "logged"].groupby("policy", sort=False):
+        at = order[np.searchsorted(ids[order], frame["request_id"].to_numpy())], frame["slot"].to_numpy() - 1
+
+        def grid(name: str, empty: float, frame: pd.DataFrame = frame, at: tuple[np.ndarray, np.ndarray] = at) -> np.ndarray:
+            values = np.full((len(rows), slots), empty, frame[name].dtype)
+            values[at] = frame[name].to_numpy()
+            return values
+
+        page, price, forecast = grid("ad_id", -1), grid("payment", 0.0), grid("judged_pctr", 0.0).astype(np.float64)
+        entry: dict[str, Any] = {}
+        for measure, scale, value in (("ectr_percent", 100.0, np.ones_like(price)), ("erpm", 1000.0, price)):
+            entry[measure] = {"reward_model": scale * float((grid("pctr", 0.0) * value).sum(1).mean())}
+            for structure in STRUCTURES:
+                entry[measure][structure] = estimate(log, page, scale * value, forecast, structure)
+        table["policies"][str(policy)] = entry
     return table
 
 

@@ -274,6 +274,25 @@ def test_tables_of_a_replay_agree(market: SimpleNamespace) -> None:
         assert table[policy]["erpm_interval"][0] < table[policy]["erpm"] < table[policy]["erpm_interval"][1]
 
 
+def test_off_policy_estimates_of_a_replay_stand_beside_what_was_forecast(market: SimpleNamespace) -> None:
+    """The direct method is the policy table's own figure; the logged row is what was really clicked; weights follow the log's propensities."""
+    table, samples = market.result.metrics["off_policy"], market.samples
+    rows = samples.split_rows(schema.TEST)
+    clicks = np.asarray(samples.click[rows, : samples.slots]) * (np.asarray(samples.candidate[rows, : samples.slots]) >= 0)
+    assert table["requests"] == len(rows) and table["logged"]["ectr_percent"][0] == pytest.approx(100 * clicks.sum(1).mean())
+    assert set(table["policies"]) == set(market.result.metrics["policies"]) - {"logged"}
+    for policy, entry in table["policies"].items():
+        for measure, name in (("ectr_percent", "ectr_interval"), ("erpm", "erpm_interval")):
+            stated = market.result.metrics["policies"][policy]
+            assert entry[measure]["cascade"]["direct"] == pytest.approx([stated[measure], *stated[name]], rel=1e-5)
+            assert entry[measure]["reward_model"] == pytest.approx(stated[measure], rel=1e-5)  # both evaluators of this network are one
+    pages = market.result.pages[market.result.pages["policy"] == "ega_v1/critical"].set_index(["request_id", "slot"])["ad_id"]
+    logged = market.result.pages[market.result.pages["policy"] == "logged"].set_index(["request_id", "slot"])["ad_id"]
+    for slot in range(1, samples.slots + 1):  # the fixture's propensities are all 1/2
+        agree = (pages.xs(slot, level="slot") == logged.xs(slot, level="slot").reindex(pages.xs(slot, level="slot").index)).mean()
+        assert table["policies"]["ega_v1/critical"]["erpm"]["slot"]["mean_weight"][slot - 1][0] == pytest.approx(2 * agree)
+
+
 def test_pages_of_a_replay_are_valid(market: SimpleNamespace) -> None:
     pages, samples = market.result.pages, market.samples
     assert (pages["payment"] <= pages["bid"] * (1 + 1e-6)).all() and (pages["payment"] >= 0).all()
