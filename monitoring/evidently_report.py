@@ -16,12 +16,14 @@ from evidently.core.metric_types import SingleValueCalculation, SingleValueMetri
 from evidently.legacy.model.widget import BaseWidgetInfo
 from evidently.legacy.renderers.html_widgets import CounterData, counter
 from evidently.metrics import ValueDrift
+from evidently.sdk.models import DashboardPanelPlot, PanelMetric
 from evidently.tests import gte
+from evidently.ui.workspace import Workspace
 
 from monitoring import ab_stats
 from monitoring.drift import METHODS, DriftColumn, DriftConfig, DriftRow, side_by_side
 from monitoring.facts import SUMS
-from monitoring.verdict import HEADLINE, METRICS, ExperimentPlan, Verdict, arm_estimate
+from monitoring.verdict import HEADLINE, METRICS, Analysis, ExperimentPlan, Verdict, arm_estimate
 
 PARTS = {"lift": "value", "lift_low": "low", "lift_high": "high", "p": "p_value"}
 
@@ -96,28 +98,77 @@ def _metrics(plan: ExperimentPlan, verdict: Verdict, planned: int, columns: list
     return shown
 
 
-def write(out: Path, users: pd.DataFrame, plan: ExperimentPlan, verdict: Verdict, planned: int, columns: list[DriftColumn], drift_rows: list[DriftRow], config: DriftConfig) -> dict[str, Any]:
-    """Write `evidently.html` (static, self-contained) into `out` and return the snapshot as a dict.
+def write(
+    out: Path,
+    analysis: Analysis,
+    plan: ExperimentPlan,
+    columns: list[DriftColumn],
+    drift_rows: list[DriftRow],
+    config: DriftConfig,
+    workspace: Path | None = None,
+    title: str = "Experiment",
+) -> dict[str, Any]:
+    """Write `evidently.html` (static, self-contained) into `out`, add the snapshot to the workspace, and return it as a dict.
 
-    Args: users, the per-user table; columns and their measured rows (columns with too few rows are left out).
+    Args: analysis, for its per-user table and its verdict; columns and their measured rows (columns with too few rows are left out).
     """
     rows = {row.name: row for row in drift_rows}
     columns = [column for column in columns if rows[column.name].note == ""]
     current, reference = side_by_side(columns, config) if columns else (pd.DataFrame(), pd.DataFrame())
-    table = users[["arm", *SUMS]].reset_index(drop=True)
+    table = analysis.users[["arm", *SUMS]].reset_index(drop=True)
     current = pd.concat([current, table], axis=1)
     reference = pd.concat([reference, table.iloc[:0]], axis=1)
     definition = DataDefinition(
         numerical_columns=[*SUMS, *[c.name for c in columns if c.kind == "numeric"]], categorical_columns=["arm", *[c.name for c in columns if c.kind == "categorical"]]
     )
-    report = Report(_metrics(plan, verdict, planned, columns, rows), include_tests=True)
+    report = Report(_metrics(plan, analysis.verdict, analysis.result["planned_users"], columns, rows), include_tests=True, metadata={"verdict": analysis.verdict.headline})
     with warnings.catch_warnings():
         # Evidently divides by the number of rows of each column; the per-user sums have none in the reference, by design.
         warnings.filterwarnings("ignore", category=RuntimeWarning, module="evidently")
         before = Dataset.from_pandas(reference, data_definition=definition) if columns else None
-        snapshot = report.run(Dataset.from_pandas(current, data_definition=definition), before)
+        last = max(analysis.days["day"], default=None)
+        snapshot = report.run(Dataset.from_pandas(current, data_definition=definition), before, timestamp=None if last is None else pd.Timestamp(last).to_pydatetime(), name=title)
     out.mkdir(parents=True, exist_ok=True)
     part = out / ".evidently.part.html"
     snapshot.save_html(str(part))
     part.replace(out / "evidently.html")
+    if workspace is not None:
+        _add_to(workspace, snapshot, plan)
     return snapshot.dict()
+
+
+PROJECT = "EGA experiments"
+
+
+def _add_to(folder: Path, snapshot: Any, plan: ExperimentPlan) -> None:
+    """Add a snapshot to the workspace's project; a new project gets its panels."""
+    workspace = Workspace.create(str(folder))
+    found = [project for project in workspace.list_projects() if project.name == PROJECT]
+    project = found[0] if found else workspace.create_project(PROJECT, description="A/B tests and drift: one snapshot a report, dated by its last day")
+    if not found:
+        for panel in panels(plan):
+            project.dashboard.add_panel(panel)
+        project.save()
+    workspace.add_run(project.id, snapshot)
+
+
+def panels(plan: ExperimentPlan) -> list[DashboardPanelPlot]:
+    """Trends over snapshots: every headline metric by arm, its lift with the interval, and how many drift tests failed."""
+    shown = []
+    for name in HEADLINE:
+        arms = [PanelMetric(metric=ArmValue.__name__, metric_labels={"arm": arm, "metric_name": name}, legend=arm) for arm in (plan.control, plan.treatment)]
+        lifts = [
+            PanelMetric(metric=AbPart.__name__, metric_labels={"metric_name": name, "part": part}, legend=text)
+            for part, text in (("lift", "lift"), ("lift_low", "lower bound"), ("lift_high", "upper bound"))
+        ]
+        label = METRICS[name].label
+        shown.append(DashboardPanelPlot(title=label, subtitle="by arm", size="half", values=arms, plot_params={"plot_type": "line"}))
+        shown.append(DashboardPanelPlot(title=f"{label}: lift", subtitle="95 % interval", size="half", values=lifts, plot_params={"plot_type": "line"}))
+    return shown
+
+
+def serve(folder: Path, host: str = "127.0.0.1", port: int = 8000) -> None:
+    """Evidently's own UI on a workspace, until it is stopped. Our metrics are known there because this module is imported."""
+    from evidently.ui.service.app import run_local
+
+    run_local(host=host, port=port, workspace=str(folder))

@@ -21,12 +21,13 @@ _STYLE = """
 @media (prefers-color-scheme:dark){:root{--page:#111418;--card:#1a1e24;--ink:#e8eaed;--soft:#9aa4b1;--line:#2c333c;--a:#8f9aa8;--b:#79a8ff;--good:#58c487;--warn:#e2a54a;--bad:#ff8a80;--calm:#a9b4c1;--band:#20262e}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,"DejaVu Sans",sans-serif;font-variant-numeric:tabular-nums}
-main{max-width:1120px;margin:0 auto;padding:20px 20px 56px}
+main{max-width:1240px;margin:0 auto;padding:14px 20px 56px}
 header{display:flex;flex-wrap:wrap;gap:2px 16px;justify-content:space-between;color:var(--soft);font-size:13px;margin-bottom:10px}
 h1{font-size:26px;line-height:1.25;margin:0 0 4px;letter-spacing:-.01em;text-wrap:balance}
 h2{font-size:17px;margin:0 0 8px}
 p{margin:0 0 8px;max-width:78ch}
-.card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:16px 20px;margin-bottom:16px}
+.card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px 20px;margin-bottom:14px}
+.first{display:grid;grid-template-columns:minmax(0,7fr) minmax(0,4fr);gap:14px}
 .verdict{border-left:6px solid var(--tone)}.verdict h1{color:var(--tone)}.verdict p{font-size:16px;margin:0}
 .good{--tone:var(--good)}.warn{--tone:var(--warn)}.bad{--tone:var(--bad)}.calm{--tone:var(--calm)}
 ul{margin:8px 0 0;padding-left:20px}li{margin:2px 0;max-width:90ch}
@@ -49,8 +50,9 @@ td:first-child{font-weight:500}
 .primary .track u{box-shadow:0 0 0 2px var(--band)}
 .axis{position:relative;height:18px;font-size:12px;color:var(--soft)}.axis span{position:absolute;transform:translateX(-50%);white-space:nowrap}
 .key{display:inline-block;width:10px;height:10px;border-radius:50%;margin-right:6px}.key.a{background:var(--a)}.key.b{background:var(--b)}
-.pair{display:grid;grid-template-columns:1fr 1fr;gap:16px}
-.pair>*{min-width:0}
+.trends{display:grid;gap:6px}.trends svg{max-height:168px}
+li.more{color:var(--soft)}
+.wide{overflow-x:auto}
 figure{margin:0}figcaption{font-weight:600;margin-bottom:6px}
 svg{display:block;width:100%;height:auto}svg text{font-size:12px;fill:var(--soft)}
 svg .grid{stroke:var(--line)}svg .a{stroke:var(--a);fill:var(--a)}svg .b{stroke:var(--b);fill:var(--b)}svg path{fill:none!important;stroke-width:2}svg .band{stroke-width:1.5;opacity:.6}
@@ -59,7 +61,7 @@ dl{display:grid;grid-template-columns:auto 1fr;gap:4px 16px;margin:0}dt{color:va
 footer{color:var(--soft);font-size:13px}
 a{color:var(--b)}
 @media (max-width:760px){
- main{padding:12px 12px 40px}.card{padding:14px}h1{font-size:21px}.pair{grid-template-columns:1fr}
+ main{padding:12px 12px 40px}.card{padding:12px 14px;margin-bottom:10px}h1{font-size:20px}.verdict p{font-size:15px}.first{grid-template-columns:1fr;gap:0}
  .arms thead{display:none}
  .arms tr{display:grid;grid-template-columns:1fr 1fr 1.5fr;padding:6px 0;border-bottom:1px solid var(--line)}
  .arms tr:last-child{border-bottom:0}
@@ -123,7 +125,8 @@ def _track(record: dict[str, Any], limit: float) -> str:
     return f'<div class="track" role="img" aria-label="{label}">{lines}<s style="left:{low:.2f}%;width:{max(high - low, 0.4):.2f}%"></s><u style="left:{middle:.2f}%"></u></div>'
 
 
-def _arms_table(result: dict[str, Any], control: str, treatment: str) -> str:
+def _arms_table(result: dict[str, Any], control: str, treatment: str, names: list[str], counts: bool) -> str:
+    """The named metrics of both arms with their lifts; `counts`: users, requests and impressions above them."""
     lifts, arms = result["lifts"], result["arms"]
     limit = _axis_limit(lifts)
     a, b = escape(control), escape(treatment)
@@ -146,15 +149,13 @@ def _arms_table(result: dict[str, Any], control: str, treatment: str) -> str:
             lift, plot = f"<b>{number(record['difference'])}</b><small>difference, {bounds}</small>".replace("<b>-", "<b>\N{MINUS SIGN}"), ""
         mark = ' class="primary"' if name == result["primary"] else ""
         note = " <small>decides</small>" if name == result["primary"] else ""
-        return row(escape(record["label"]) + note, values, lift, plot, p_text(record["p"] if name == result["primary"] else record.get("p_adjusted")), mark)
+        return row(escape(record["label"]) + note, values, lift, plot, p_text(record["p_decides"] if name == result["primary"] else record.get("p_adjusted")), mark)
 
-    counts = "".join(row(label, tuple(number(arms[arm][key]) for arm in (control, treatment))) for label, key in (("Users", "users"), ("Requests", "requests"), ("Impressions", "imps")))
-    rest = [name for name in lifts if name not in HEADLINE]
+    sizes = "".join(row(label, tuple(number(arms[arm][key]) for arm in (control, treatment))) for label, key in (("Users", "users"), ("Requests", "requests"), ("Impressions", "imps")))
     axis = "".join(f'<span style="left:{_place(x, limit):.0f}%">{_axis_text(x, limit)}</span>' for x in (-limit / 2, 0, limit / 2))
     return (
         f'<table class="arms"><thead><tr><th></th><th><span class="key a"></span>{a}</th><th><span class="key b"></span>{b}</th><th>lift, 95 % interval</th>'
-        f'<th class="plot"><div class="axis">{axis}</div></th><th>p</th></tr></thead><tbody>{"".join(metric_row(n) for n in HEADLINE)}{counts}'
-        f'{"".join(metric_row(n) for n in rest)}</tbody></table>'
+        f'<th class="plot"><div class="axis">{axis}</div></th><th>p</th></tr></thead><tbody>{sizes if counts else ""}{"".join(metric_row(n) for n in names)}</tbody></table>'
     )
 
 
@@ -174,7 +175,7 @@ def _trend(days: pd.DataFrame, name: str, control: str, treatment: str) -> str:
     step = _nice_step(finite.max() - min(finite.min(), finite.max() * 0.98))
     low, high = math.floor(finite.min() / step) * step, math.ceil(finite.max() / step) * step
     low, high = max(low, 0.0), high if high > low else low + step
-    width, height, left, top, bottom = 440, 220, 44, 10, 26
+    width, height, left, top, bottom = 440, 168, 44, 8, 22
 
     def x(index: int, shift: float) -> float:
         return left + (width - left - 8) * (index + 0.5) / len(dates) + shift
@@ -222,8 +223,9 @@ def _table(heads: list[str], rows: list[list[str]]) -> str:
 def _guardrail_card(result: dict[str, Any]) -> str:
     rows = []
     for g in result["guardrails"]:
+        exact = f"; exact p {p_text(g['exact_p'])}" if g.get("exact_p") is not None else ""
         limit = f"{'above' if g['relative'] else 'below'} {percent(g['limit'])}"
-        rows.append([escape(g["label"]), percent(g["value"]), f"{percent(g['low'])} to {percent(g['high'])}", limit, _state(g["passed"], "proven", "harmed") if g["passed"] or g["harmed"] else '<span class="state warn">not proven</span>'])
+        rows.append([escape(g["label"]), percent(g["value"]), f"{percent(g['low'])} to {percent(g['high'])}{exact}", limit, _state(g["passed"], "proven", "harmed") if g["passed"] or g["harmed"] else '<span class="state warn">not proven</span>'])
     for c in result["calibration"]:
         value = number(c["predicted_over_observed"])
         rows.append([f"Predicted over observed clicks, {escape(c['arm'])}", value, f"{number(c['low'])} to {number(c['high'])}", f"near {number(c['expected'])}", _state(not c["alarm"], "in range", "off")])
@@ -281,6 +283,13 @@ def _notes_card(result: dict[str, Any], alpha: float, window_hours: float) -> st
         ("May be watched daily", f"always-valid interval of the deciding lift: {percent(main['always_valid_low'])} to {percent(main['always_valid_high'])}"),
         ("This size finds", f"lifts of {escape(main['label'])} from {percent(main['least_detectable_lift'])} on, four times out of five"),
     ]
+    if result["day_shocks"]:
+        d = result["day_shocks"]
+        rows.append(("Other days than these", f"{percent(d['lift'])} ({percent(d['lift_low'])} to {percent(d['lift_high'])}) if the {d['days']} days are draws like the users; shown, does not decide"))
+    if result["novelty"]:
+        n = result["novelty"]
+        fades = "; the effect changes with habit: run longer before deciding" if n["p"] < 0.01 else ""
+        rows.append(("Novelty", f"CTR lift {percent(n['first_day_lift'])} on a user's first day, {percent(n['later_lift'])} later (p of the difference {p_text(n['p'])}, {number(n['users'])} returning users){fades}"))
     if result["cuped"]:
         c = result["cuped"]
         text = f"{percent(c['lift'])} ({percent(c['lift_low'])} to {percent(c['lift_high'])}), correlation with the pre-period {c['correlation']:.2f}; shown, does not decide"
@@ -291,6 +300,51 @@ def _notes_card(result: dict[str, Any], alpha: float, window_hours: float) -> st
     return '<section class="card"><h2>How this was computed</h2><dl>' + "".join(f"<dt>{k}</dt><dd>{v}</dd>" for k, v in rows) + "</dl></section>"
 
 
+FIRST_TEXTS, SHORT_TEXT = 3, 190
+"""Reasons and alarms on the first screen, and their longest text in characters; a card below has all of them."""
+TRENDS = ("ctr", "rpm", "roi")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= SHORT_TEXT else text[:SHORT_TEXT].rsplit(" ", 1)[0] + " \N{HORIZONTAL ELLIPSIS}"
+
+
+def _alarms_card(texts: list[str]) -> str:
+    if len(texts) <= FIRST_TEXTS and all(_short(text) == text for text in texts):
+        return ""
+    return f'<section class="card" id="alarms"><h2>Reasons and alarms</h2><ul>{"".join(f"<li>{escape(text)}</li>" for text in texts)}</ul></section>'
+
+
+def _treatments_card(result: dict[str, Any], control: str) -> str:
+    """Every treatment against the control, if there are several."""
+    if len(result["treatments"]) < 2:
+        return ""
+    rows = []
+    for arm, record in result["treatments"].items():
+        cells = []
+        for name in dict.fromkeys((result["primary"], "ctr", "roi")):
+            lift = record["lifts"][name]
+            cells.append(f"<b>{percent(lift['lift'])}</b> <small>{percent(lift['lift_low'])} to {percent(lift['lift_high'])}</small>")
+        rows.append([escape(arm), number(record["users"]), *cells, p_text(record["lifts"][result["primary"]]["p_decides"]), escape(record["verdict"]["headline"])])
+    heads = ["", "users, both arms", *(METRICS[name].label.split(",")[0] for name in dict.fromkeys((result["primary"], "ctr", "roi"))), "p (Holm)", "verdict"]
+    return f'<section class="card" id="treatments"><h2>All treatments against {escape(control)}</h2>{_table(heads, rows)}</section>'
+
+
+def _segments_card(result: dict[str, Any], control: str, treatment: str) -> str:
+    """Lifts inside segments: where to look next, not what to decide by."""
+    if not result["segments"]:
+        return ""
+    rows = []
+    for record in sorted(result["segments"], key=lambda r: (r["metric"] != result["primary"], r["dimension"], r["segment"])):
+        p = record.get("p_adjusted")
+        name = f"{escape(record['dimension'])} {escape(record['segment'])}"
+        lift = f"<b>{percent(record['lift'])}</b> <small>{percent(record['lift_low'])} to {percent(record['lift_high'])}</small>"
+        state = '<span class="state calm">differs</span>' if p is not None and p < 0.05 else ""
+        rows.append([name, escape(record["label"].split(",")[0]), number(record["users"]), lift, p_text(p), state])
+    text = f"{treatment} over {control} inside cities, hours, and new or returning users. p is adjusted over all rows of a metric (Benjamini-Hochberg): a place to look next, not to decide by."
+    return f'<section class="card" id="segments"><h2>Segments</h2><p class="soft">{escape(text)}</p>{_table(["", "metric", "users", "lift, 95 % interval", "p", ""], rows)}</section>'
+
+
 def render(
     result: dict[str, Any], days: pd.DataFrame, drift_rows: list[DriftRow], drift_note: str, control: str, treatment: str, title: str, alpha: float, window_hours: float, experiment: dict[str, Any] | None
 ) -> str:
@@ -298,18 +352,28 @@ def render(
     verdict = result["verdict"]
     dates = sorted(days["day"].unique())
     span = "no traffic" if not dates else (dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}")
-    reasons = "".join(f"<li>{escape(reason)}</li>" for reason in [*verdict["reasons"], *result["alarms"]])
-    trends = "".join(_trend(days, name, control, treatment) for name in ("ctr", "rpm"))
-    legend = f'<p class="soft"><span class="key a"></span>{escape(control)} &nbsp; <span class="key b"></span>{escape(treatment)} &nbsp; bars: 95 % intervals, users as unit</p>'
+    texts = [*verdict["reasons"], *result["alarms"]]
+    reasons = "".join(f"<li>{escape(_short(text))}</li>" for text in texts[:FIRST_TEXTS])
+    if len(texts) > FIRST_TEXTS or any(_short(text) != text for text in texts):
+        reasons += f'<li class="more"><a href="#alarms">All {len(texts)} in full</a></li>'
+    trends = "".join(_trend(days, name, control, treatment) for name in dict.fromkeys((result["primary"] if result["primary"] in TRENDS else "rpm", "ctr")))
+    legend = f'<p class="soft"><span class="key a"></span>{escape(control)} &nbsp; <span class="key b"></span>{escape(treatment)} &nbsp; bars: 95 % intervals</p>'
     policies = "; ".join(f"{arm}: {', '.join(record['policies']) or 'no answer'}" for arm, record in result["arms"].items())
+    rest = [name for name in result["lifts"] if name not in HEADLINE]
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><link rel="icon" href="data:,"><title>{escape(verdict["headline"])}</title><style>{_STYLE}</style></head>
 <body><main>
 <header><span>{escape(title)}</span><span>{escape(span)} &middot; {number(result["users"])} of {number(result["planned_users"])} planned users</span></header>
-<section class="card verdict {_TONE[verdict["code"]]}"><h1>{escape(verdict["headline"])}</h1><p>{escape(verdict["sentence"])}</p>{f"<ul>{reasons}</ul>" if reasons else ""}</section>
-<section class="card">{_arms_table(result, control, treatment)}</section>
-<section class="card"><div class="pair">{trends}</div>{legend}</section>
+<section class="card verdict {_TONE[verdict["code"]]}" id="verdict"><h1>{escape(verdict["headline"])}</h1><p>{escape(verdict["sentence"])}</p>{f"<ul>{reasons}</ul>" if reasons else ""}</section>
+<div class="first">
+<section class="card" id="lifts">{_arms_table(result, control, treatment, list(HEADLINE), False)}</section>
+<section class="card" id="trend"><div class="trends">{trends}</div>{legend}</section>
+</div>
+{_treatments_card(result, control)}
+{_alarms_card(texts)}
 {_guardrail_card(result)}
+<section class="card"><h2>More numbers</h2>{_arms_table(result, control, treatment, rest, True)}</section>
+{_segments_card(result, control, treatment)}
 {_drift_card(drift_rows, drift_note)}
 {_service_card(experiment)}
 {_notes_card(result, alpha, window_hours)}

@@ -6,16 +6,18 @@ does not have, is neither read nor importable from here (it scores policies offl
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass as plain_dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
+from scipy.stats import norm
 
-from monitoring import ab_stats
+from monitoring import ab_designs, ab_stats, integrity, segments
 from monitoring.facts import SUMS, Facts, per_user
 
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -60,6 +62,9 @@ class ExperimentPlan:
     """Arm B."""
     treatment_share: float = Field(0.5, gt=0, lt=1)
     """Planned share of arm B among the users of both arms."""
+    others: dict[str, Annotated[float, Field(gt=0, lt=1)]] = Field(default_factory=dict)
+    """Further treatments, each judged against the control like arm B, with their planned shares of all users; A and B share the rest. p of the deciding
+    metric is then Holm's over all treatments."""
     primary: Primary = "rpm"
     """The metric that decides."""
     alpha: float = Field(0.05, gt=0, lt=0.5)
@@ -89,9 +94,22 @@ class ExperimentPlan:
     def _check(self) -> ExperimentPlan:
         if self.control == self.treatment:
             raise ValueError(f"control and treatment must be two arms, got {self.control!r} twice")
+        if {self.control, self.treatment} & set(self.others) or sum(self.others.values()) >= 1:
+            raise ValueError(f"others must name further arms whose shares leave something for control and treatment, got {dict(self.others)}")
         if any(not 0 < margin < 1 for margin in self.guardrails.values()):
             raise ValueError(f"guardrail margins must lie in (0, 1), got {dict(self.guardrails)}")
         return self
+
+    @property
+    def treatments(self) -> tuple[str, ...]:
+        """Arm B and the others."""
+        return (self.treatment, *self.others)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Planned share of every arm among the users of all arms, control first."""
+        rest = 1 - sum(self.others.values())
+        return {self.control: rest * (1 - self.treatment_share), self.treatment: rest * self.treatment_share, **self.others}
 
 
 @plain_dataclass(frozen=True)
@@ -221,24 +239,45 @@ def _guardrails(users: pd.DataFrame, lifts: dict[str, dict[str, Any]], plan: Exp
                 "harmed": bool(sequence.low > plan.service_margin),
                 "users_needed": math.nan,
                 "relative": False,
+                "exact_p": _exact_p(users, plan, name),
             }
         )
     return records
 
 
-def _calibration(users: pd.DataFrame, before: pd.DataFrame | None, plan: ExperimentPlan, known: set[str]) -> list[dict[str, Any]]:
-    """Predicted over observed clicks of each arm. Expected is 1; of arms in `known`, what the same policy had just before (with that figure's own error)."""
+def _exact_p(users: pd.DataFrame, plan: ExperimentPlan, name: str) -> float | None:
+    """p that equally many users of both arms had such an answer, where the cases are too few for the normal law; None where they are not."""
+    sides = [users[users["arm"] == arm] for arm in (plan.control, plan.treatment)]
+    cases = [int((side[name] > 0).sum()) for side in sides]
+    sizes = [len(side) for side in sides]
+    if min(sizes) < 1 or min(cases) >= FEW_CASES or sum(cases) == 0:
+        return None
+    return ab_designs.exact_shares_p(cases[0], sizes[0], cases[1], sizes[1], "boschloo" if sum(sizes) <= MOST_FOR_BOSCHLOO else "fisher")
+
+
+FEW_CASES = 10
+"""Cases in an arm below which the normal law is not trusted."""
+MOST_FOR_BOSCHLOO = 400
+"""Users beyond which Fisher's test stands in for Boschloo's, which takes quadratic time; there the two hardly differ."""
+
+EXACT_CALIBRATION = ab_stats.Estimate(1.0, 0.0, 10**9)
+
+
+def _expected_calibration(before: pd.DataFrame | None) -> ab_stats.Estimate:
+    """Predicted over observed clicks of the reference period's last days; 1 where there is none."""
+    if before is None or not before["clicks"].sum() > 0:
+        return EXACT_CALIBRATION
+    return ab_stats.ratio_per_user(before["predicted"].to_numpy(), before["clicks"].to_numpy())
+
+
+def _calibration(users: pd.DataFrame, expected: dict[str, ab_stats.Estimate], plan: ExperimentPlan) -> list[dict[str, Any]]:
+    """Predicted over observed clicks of each arm. Expected is 1; of an arm whose policy wrote the reference logs, what it had just before (with that figure's own error)."""
     records = []
-    exact = ab_stats.Estimate(1.0, 0.0, 10**9)
-    past = exact
-    if before is not None and before["clicks"].sum() > 0:
-        past = ab_stats.ratio_per_user(before["predicted"].to_numpy(), before["clicks"].to_numpy())
-    for arm in (plan.control, plan.treatment):
-        expected = past if arm in known else exact
+    for arm, wanted in expected.items():
         estimate = arm_estimate(users, arm, "predicted", "clicks")
-        own, off = ab_stats.lift(exact, estimate, plan.alpha), ab_stats.lift(expected, estimate, plan.alpha)
+        own, off = ab_stats.lift(EXACT_CALIBRATION, estimate, plan.alpha), ab_stats.lift(wanted, estimate, plan.alpha)
         alarm = off.low > plan.calibration_margin or off.high < -plan.calibration_margin
-        records.append({"arm": arm, "predicted_over_observed": estimate.value, "low": 1 + own.low, "high": 1 + own.high, "expected": expected.value, "alarm": bool(alarm)})
+        records.append({"arm": arm, "predicted_over_observed": estimate.value, "low": 1 + own.low, "high": 1 + own.high, "expected": wanted.value, "alarm": bool(alarm)})
     return records
 
 
@@ -250,17 +289,16 @@ def _interval(low: float, high: float) -> str:
     return f"{_percent(low)} to {_percent(high)}"
 
 
-def _broken(facts: Facts, users: pd.DataFrame, plan: ExperimentPlan, srm_p: float, completeness: float | None) -> list[str]:
+def _broken(facts: Facts, users: pd.DataFrame, plan: ExperimentPlan, responses: pd.DataFrame | None, completeness: float | None) -> list[str]:
     """Rule 1: why the numbers must not be read."""
-    reasons, counts = [], facts.counts
-    per_arm = {arm: int((users["arm"] == arm).sum()) for arm in (plan.control, plan.treatment)}
-    if srm_p < ab_stats.SRM_ALARM:
-        split = ", ".join(f"{arm} {n}" for arm, n in per_arm.items())
-        reasons.append(f"Users are not split as planned ({split}; p = {srm_p:.2g}): the assignment or the logging of one arm is broken.")
+    counts, arms = facts.counts, tuple(plan.shares)
+    reasons = integrity.split_problems(users, facts.requests, arms, list(plan.shares.values()))
+    per_arm = {arm: int((users["arm"] == arm).sum()) for arm in arms}
     if min(per_arm.values()) < 2:
         reasons.append(f"An arm has fewer than two users ({', '.join(f'{arm} {n}' for arm, n in per_arm.items())}).")
     if completeness is not None and completeness < plan.least_completeness:
         reasons.append(f"The log holds {100 * completeness:.2f} % of what the clients saw; at least {100 * plan.least_completeness:g} % is needed.")
+    reasons += integrity.lost_records(facts, arms, responses, plan.least_completeness)
     if counts.conflicting_impressions:
         reasons.append(f"{counts.conflicting_impressions} impressions name another ad for a slot that is already taken.")
     crossed = counts.users_in_two_arms / max(1, len(users) + counts.users_in_two_arms)
@@ -273,12 +311,13 @@ def decide(
     plan: ExperimentPlan, lifts: dict[str, dict[str, Any]], guardrails: list[dict[str, Any]], broken: list[str], prices_above_bid: int, users: int, planned: int
 ) -> Verdict:
     """The verdict: the first rule that applies. Stopping for harm may use the always-valid bound at any time, and at the planned size also the plan's own."""
-    main = lifts[plan.primary]
+    main = lifts[plan.primary]  # p_decides: of the plan's rule, adjusted for the number of treatments
     name = METRICS[plan.primary].label.split(",")[0]
     arm = plan.treatment
     finished = users >= planned
     fixed = plan.rule == "fixed"
-    low, high, p = (main["lift_low"], main["lift_high"], main["p"]) if fixed else (main["always_valid_low"], main["always_valid_high"], main["always_valid_p"])
+    low, high = (main["lift_low"], main["lift_high"]) if fixed else (main["always_valid_low"], main["always_valid_high"])
+    p = main["p_decides"]
     sized = users >= ab_stats.SEQUENTIAL_LEAST_USERS
     may_decide = finished if fixed else sized
     result = f"{name} {_percent(main['lift'])} ({_interval(low, high)})"
@@ -337,49 +376,134 @@ def _by_day(facts: Facts, arms: tuple[str, str], alpha: float) -> pd.DataFrame:
     return pd.DataFrame(records, columns=columns)
 
 
-def analyse(facts: Facts, plan: ExperimentPlan, responses: pd.DataFrame | None = None, completeness: float | None = None, before: Facts | None = None) -> Analysis:
-    """Numbers by arm, lifts, guardrails, calibration and the verdict.
+def analyse(
+    facts: Facts,
+    plan: ExperimentPlan,
+    responses: pd.DataFrame | None = None,
+    completeness: float | None = None,
+    before: Facts | None = None,
+    false_alarm_rate: float = 0.001,
+) -> Analysis:
+    """Numbers by arm, lifts, guardrails, calibration, segments and the verdict.
 
-    Args: facts of the experiment; responses, one row an answered request as clients saw it (request_id, user_id, response_ms, degraded); completeness, share
-    of the clients' impressions, clicks and purchases that the log holds; before, facts of the reference period (for CUPED and the control's calibration).
-    Raises ValueError if the facts hold neither arm.
+    Args: facts of the experiment; responses, one row an answered request as clients saw it (request_id, user_id, arm, response_ms, degraded); completeness,
+    share of the clients' impressions, clicks and purchases that the log holds; before, facts of the reference period (for CUPED and the calibration of an
+    arm with the same policy); false_alarm_rate, of the calibration of a clean day. Raises ValueError if the facts hold neither arm.
     """
-    arms = (plan.control, plan.treatment)
+    arms = tuple(plan.shares)
     found = sorted(facts.requests["arm"].unique())
-    if not set(arms) & set(found):
+    if not {plan.control, plan.treatment} & set(found):
         raise ValueError(f"the logs hold no request of arm {arms[0]!r} or {arms[1]!r}; arms found: {', '.join(found) or 'none'}; name them in the plan (control, treatment)")
     users = per_user(facts)
     users = users_with_responses(users[users["arm"].isin(arms)].reset_index(drop=True), responses, plan.slow_answer_ms)
-    counts = [int((users["arm"] == arm).sum()) for arm in arms]
-    planned = plan.planned_users or max(2, sum(counts))
-    names = [name for name, metric in METRICS.items() if metric.numerator in users]
-    lifts = {name: _lift_record(users, name, plan, planned) for name in names}
-    secondary = [name for name in names if name != plan.primary and math.isfinite(lifts[name]["p"])]
-    for name, adjusted in zip(secondary, ab_stats.adjust_p_values([lifts[n]["p"] for n in secondary], "bh"), strict=True):
-        lifts[name]["p_adjusted"] = float(adjusted)
-    srm_shares = [1 - plan.treatment_share, plan.treatment_share]
-    srm_p = ab_stats.sample_ratio_p(counts, srm_shares)
-    guardrails = _guardrails(users, lifts, plan, planned)
     past, recent = (None, None) if before is None else (per_user(before), per_user(_last_days(before)))
-    broken = _broken(facts, users, plan, srm_p, completeness)
-    verdict = decide(plan, lifts, guardrails, broken, facts.counts.prices_above_bid, sum(counts), planned)
-    known = {arm for arm in arms if before is not None and policies(facts, arm) & policies(before)}
+    broken = _broken(facts, users, plan, responses, completeness)
+    pairs = [dataclasses.replace(plan, treatment=arm, others={}) for arm in plan.treatments]
+    judged = _judge(facts, users, pairs, broken, plan.planned_users)
+    main = judged[plan.treatment]
+    expected = {arm: _expected_calibration(recent) if before is not None and policies(facts, arm) <= policies(before) else EXACT_CALIBRATION for arm in arms}
+    counts = [int((users["arm"] == arm).sum()) for arm in arms]
+    shares = list(plan.shares.values())
+    known_users = None if past is None else set(past["user_id"])
+    shown = {name: (METRICS[name].label, METRICS[name].numerator, METRICS[name].denominator) for name in dict.fromkeys(("ctr", plan.primary))}
+    groups = [(f"arm {arm}", (arm,), expected[arm]) for arm in arms]
+    same = [arm for arm in arms if expected[arm] is not EXACT_CALIBRATION]
+    if len(same) > 1:
+        groups.append((f"arms {', '.join(same)}", tuple(same), expected[same[0]]))
     result = {
-        "verdict": verdict.__dict__,
-        "users": sum(counts),
-        "planned_users": planned,
+        **main,
+        "treatment": plan.treatment,
+        "all_users": len(users),
         "arms": {arm: _arm_record(users, facts, arm, n) for arm, n in zip(arms, counts, strict=True)},
-        "lifts": lifts,
+        "treatments": {arm: {**record, "verdict": record["verdict"].__dict__} for arm, record in judged.items()},
+        "verdict": main["verdict"].__dict__,
         "primary": plan.primary,
         "rule": plan.rule,
-        "guardrails": guardrails,
-        "calibration": _calibration(users, recent, plan, known),
+        "calibration": _calibration(users, expected, plan),
+        "calibration_alarms": integrity.calibration_by_day(facts, groups, plan.calibration_margin, false_alarm_rate),
+        "traffic_alarms": integrity.short_traffic(users, past, arms),
+        "segments": segments.segment_lifts(facts, plan.control, plan.treatment, shown, plan.alpha, known_users),
+        "novelty": novelty(facts, plan),
         "cuped": _cuped_record(users, past, plan),
-        "sample_ratio": {"p": srm_p, "log_bayes": ab_stats.sample_ratio_log_bayes(counts, srm_shares), "passed": srm_p >= ab_stats.SRM_ALARM},
+        "sample_ratio": {
+            "p": ab_stats.sample_ratio_p(counts, shares),
+            "log_bayes": ab_stats.sample_ratio_log_bayes(counts, shares),
+            "passed": ab_stats.sample_ratio_p(counts, shares) >= ab_stats.SRM_ALARM,
+        },
         "completeness": completeness,
         "counts": facts.counts.__dict__,
     }
-    return Analysis(verdict, result, users, _by_day(facts, arms, plan.alpha))
+    return Analysis(main["verdict"], result, users, _by_day(facts, arms, plan.alpha))
+
+
+def _judge(facts: Facts, users: pd.DataFrame, pairs: list[ExperimentPlan], broken: list[str], planned_users: int | None) -> dict[str, dict[str, Any]]:
+    """Lifts, guardrails and verdict of every treatment against the control; p of the deciding metric is Holm's over the treatments."""
+    records: dict[str, dict[str, Any]] = {}
+    for plan in pairs:
+        mine = users[users["arm"].isin((plan.control, plan.treatment))]
+        planned = planned_users or max(2, len(mine))
+        names = [name for name, metric in METRICS.items() if metric.numerator in users]
+        lifts = {name: _lift_record(mine, name, plan, planned) for name in names}
+        secondary = [name for name in names if name != plan.primary and math.isfinite(lifts[name]["p"])]
+        for name, adjusted in zip(secondary, ab_stats.adjust_p_values([lifts[n]["p"] for n in secondary], "bh"), strict=True):
+            lifts[name]["p_adjusted"] = float(adjusted)
+        by_days = _with_day_shocks(facts, plan)
+        records[plan.treatment] = {"users": len(mine), "planned_users": planned, "lifts": lifts, "guardrails": _guardrails(mine, lifts, plan, planned), "day_shocks": by_days}
+    raw = {arm: record["lifts"][pairs[0].primary]["p" if pairs[0].rule == "fixed" else "always_valid_p"] for arm, record in records.items()}
+    known = [arm for arm, p in raw.items() if math.isfinite(p)]
+    holm = dict(zip(known, ab_stats.adjust_p_values([raw[arm] for arm in known], "holm"), strict=True)) if known else {}
+    for plan in pairs:
+        record = records[plan.treatment]
+        record["lifts"][plan.primary]["p_decides"] = float(holm.get(plan.treatment, math.nan))
+        record["verdict"] = decide(plan, record["lifts"], record["guardrails"], broken, facts.counts.prices_above_bid, record["users"], record["planned_users"])
+    return records
+
+
+def _with_day_shocks(facts: Facts, plan: ExperimentPlan) -> dict[str, Any] | None:
+    """The deciding lift with its days as draws (F9): what may be said about days that were not in the test. None below `LEAST_SHOCK_DAYS` days."""
+    metric = METRICS[plan.primary]
+    users = per_user(facts, by=["day"])
+    rows = users[users["arm"].isin((plan.control, plan.treatment))]
+    if rows["day"].nunique() < LEAST_SHOCK_DAYS or metric.numerator not in rows:
+        return None
+    treated = (rows["arm"] == plan.treatment).to_numpy()
+    got = ab_designs.lift_with_day_shocks(rows[metric.numerator].to_numpy(), rows[metric.denominator].to_numpy(), treated, rows["user_id"].to_numpy(), rows["day"].to_numpy(), plan.alpha)
+    return {"lift": got.value, "lift_low": got.low, "lift_high": got.high, "p": got.p_value, "days": rows["day"].nunique()}
+
+
+LEAST_SHOCK_DAYS = 5
+"""Days below which an interval over days is not shown: Student's t with two degrees says nothing useful."""
+
+
+def novelty(facts: Facts, plan: ExperimentPlan) -> dict[str, Any] | None:
+    """CTR lift on each user's first day against the same users' later days: a lift that fades is a novelty, not a gain.
+
+    Users who came on two days or more only; the difference of the two log lifts, with the user as unit (delta method on both). None for a single day.
+    """
+    users = per_user(facts, by=["day"])
+    users = users[users["arm"].isin((plan.control, plan.treatment))]
+    first = users["day"] == users.groupby("user_id")["day"].transform("min")
+    returning = users["user_id"].isin(users.loc[~first, "user_id"])
+    if not returning.any():
+        return None
+    sums = {side: users[returning & mask].groupby(["arm", "user_id"])[["clicks", "imps"]].sum() for side, mask in (("first", first), ("later", ~first))}
+    both = sums["first"].join(sums["later"], lsuffix="_first", rsuffix="_later", how="inner")
+    lifts, residuals = {}, {}
+    for arm in (plan.control, plan.treatment):
+        if arm not in both.index.get_level_values(0) or len(both.loc[arm]) < 2:
+            return None
+        rows = both.loc[arm]
+        logs, linear = {}, {}
+        for side in ("first", "later"):
+            x, y = rows[f"clicks_{side}"].to_numpy(), rows[f"imps_{side}"].to_numpy()
+            if x.sum() <= 0 or y.sum() <= 0:
+                return None
+            logs[side], linear[side] = math.log(x.sum() / y.sum()), x / x.mean() - y / y.mean()
+        lifts[arm] = logs
+        residuals[arm] = np.var(linear["first"] - linear["later"], ddof=1) / len(rows)
+    change = {side: lifts[plan.treatment][side] - lifts[plan.control][side] for side in ("first", "later")}
+    z = (change["first"] - change["later"]) / math.sqrt(sum(residuals.values())) if sum(residuals.values()) > 0 else 0.0
+    return {"first_day_lift": math.expm1(change["first"]), "later_lift": math.expm1(change["later"]), "p": 2 * float(norm.sf(abs(z))), "users": len(both)}
 
 
 CALIBRATION_DAYS = 3

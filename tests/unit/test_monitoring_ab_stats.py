@@ -211,3 +211,42 @@ def test_a_a_user_unit_holds_its_level_and_impression_unit_does_not():
         false_impression += ab_stats.difference(*naive).p_value < 0.05
     assert 0.025 <= false_user / 400 <= 0.085  # binomial 99.5 % band around 5 %
     assert false_impression / 400 > 0.10
+
+
+def test_welch_equals_scipy_on_drawn_rows():
+    generator = np.random.default_rng(11)
+    for _ in range(20):
+        a, b = generator.normal(1.0, 1.0, generator.integers(5, 60)), generator.normal(1.2, 3.0, generator.integers(5, 60))
+        got = ab_stats.difference(*(ab_stats.ratio_per_user(x, np.ones(len(x))) for x in (a, b)))
+        reference = stats.ttest_ind(b, a, equal_var=False)
+        interval = reference.confidence_interval(0.95)
+        assert [got.p_value, got.degrees, got.low, got.high] == pytest.approx([reference.pvalue, reference.df, interval.low, interval.high], rel=1e-8)
+
+
+def test_sample_ratio_equals_scipy_for_any_number_of_arms():
+    got = ab_stats.sample_ratio_p([310, 290, 420], [0.3, 0.3, 0.4])
+    assert got == pytest.approx(stats.chisquare([310, 290, 420], np.array([0.3, 0.3, 0.4]) * 1020).pvalue, rel=1e-10)
+
+
+def test_sample_ratio_bayes_factor_is_the_dirichlet_multinomial():
+    counts, shares = [530, 470], [0.5, 0.5]
+    law = stats.dirichlet_multinomial([50.0, 50.0], 1000)
+    plain = stats.multinomial(1000, shares)
+    assert ab_stats.sample_ratio_log_bayes(counts, shares) == pytest.approx(law.logpmf(counts) - plain.logpmf(counts), rel=1e-8)
+
+
+def test_holm_equals_statsmodels_on_drawn_vectors():
+    multipletests = pytest.importorskip("statsmodels.stats.multitest").multipletests
+    generator = np.random.default_rng(12)
+    for _ in range(50):
+        p = generator.random(generator.integers(1, 20)) ** 3
+        for method, name in (("holm", "holm"), ("bh", "fdr_bh"), ("by", "fdr_by")):
+            np.testing.assert_allclose(ab_stats.adjust_p_values(p, method), multipletests(p, method=name)[1], rtol=1e-10)
+
+
+def test_planned_looks_spend_what_they_may():
+    """The bounds' crossing probabilities by simulation of the score process: alpha t^2 is spent up to each look."""
+    times, bounds = np.array([0.25, 0.5, 0.75, 1.0]), ab_stats.planned_look_bounds([0.25, 0.5, 0.75, 1.0])
+    steps = np.random.default_rng(13).normal(0.0, np.sqrt(0.25), (400_000, 4)).cumsum(axis=1) / np.sqrt(times)
+    crossed = np.maximum.accumulate(np.abs(steps) > bounds, axis=1).mean(axis=0)
+    assert crossed == pytest.approx([0.003125, 0.0125, 0.028125, 0.05], abs=0.0012)

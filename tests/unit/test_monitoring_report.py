@@ -28,7 +28,7 @@ def measured(**changes):
     reference = monitoring_traffic.traffic(0, days=6, users=800)
     live, past = (build_facts(t["requests"], t["impressions"]) for t in (tables, reference))
     columns = drift.watched_columns(
-        live, drift.LogTables(tables["ads"], tables["users"]), past, drift.LogTables(reference["ads"], reference["users"]), "control", "ega", drift.DriftConfig()
+        live, drift.LogTables(tables["ads"], tables["users"]), past, drift.LogTables(reference["ads"], reference["users"]), ("control", "ega"), drift.DriftConfig()
     )
     return {row.name: row for row in (drift.measure(column, drift.DriftConfig()) for column in columns)}
 
@@ -45,12 +45,14 @@ def test_a_clean_period_raises_no_alarm():
 
 def test_raised_bids_are_named_with_their_days():
     rows = measured(ads=lambda f: f.assign(bid=f["bid"] * 1.3), impressions=lambda f: f.assign(bid=f["bid"] * 1.3))
-    assert drifted(rows) == {"catalogue: bid", "bid of shown ads, control"}
+    assert drifted(rows) == {"catalogue: bid", "bid of shown ads, control", "bid over the ad's earlier bid, control", "bid over the ad's earlier bid, ega"}
     assert rows["catalogue: bid"].days == ["2026-03-07", "2026-03-08"]
 
 
 def test_a_constant_feature_and_shifted_scores_are_named():
-    assert drifted(measured(users=lambda f: f.assign(age_band=0))) == {"user age band"}
+    rows = measured(users=lambda f: f.assign(age_band=0))
+    assert drifted(rows) == {"user age band"}
+    assert rows["user age band"].constant and rows["user age band"].days == ["2026-03-07", "2026-03-08"]
     assert "pctr, control" in drifted(measured(impressions=lambda f: f.assign(pctr=(f["pctr"] * 1.5).clip(0, 1).astype(np.float32))))
 
 
@@ -58,6 +60,13 @@ def test_a_policy_is_not_compared_with_another_one():
     rows = measured(requests=lambda f: f.assign(model_version="other"))
     assert "pctr, control" not in rows
     assert "pctr, ega, against its first day" in rows
+
+
+def test_the_quick_distance_of_the_thresholds_is_evidentlys():
+    generator = np.random.default_rng(4)
+    codes, amounts = [generator.integers(0, 6, n) for n in (300, 500)], [generator.lognormal(0, 1, n) for n in (300, 500)]
+    assert drift._quick_distance(*codes, "categorical") == pytest.approx(drift.distance(*codes, "categorical"), rel=1e-9)
+    assert drift._quick_distance(*amounts, "numeric") == pytest.approx(drift.distance(*amounts, "numeric"), rel=1e-9)
 
 
 def test_few_rows_make_no_statement():
@@ -97,7 +106,7 @@ def test_the_page_is_self_contained_small_and_leads_with_the_verdict(report):
     assert "@import" not in html
     assert "<script" not in html
     assert "&lt;b&gt;test" in html
-    assert html.index("<h1>") < html.index("<table") < html.index("<svg") < html.index("Drift against")
+    assert html.index("<h1>") < html.index("<table") < html.index("<svg") < html.index("Segments") < html.index("Drift against")
     assert result.analysis.verdict.headline in html
     assert len(html) < 200_000
     assert (result.report.parent / "evidently.html").stat().st_size < 5_000_000
@@ -129,7 +138,7 @@ def test_evidently_shows_the_same_lift_and_the_same_drift_scores(report):
     columns = [drift.DriftColumn("code", "feature", "categorical", *sides), drift.DriftColumn("amount", "bid", "numeric", *other)]
     rows = [drift.measure(column, drift.DriftConfig()) for column in columns]
     out = result.report.parent / "again"
-    snapshot = evidently_report.write(out, result.analysis.users, ExperimentPlan(), result.analysis.verdict, 10, columns, rows, drift.DriftConfig())
+    snapshot = evidently_report.write(out, result.analysis, ExperimentPlan(), columns, rows, drift.DriftConfig())
     values = {metric["metric_name"]: metric["value"] for metric in snapshot["metrics"]}
     for row in rows:
         assert next(v for k, v in values.items() if k.startswith(f"ValueDrift(column={row.name},")) == pytest.approx(row.score, rel=1e-12)

@@ -117,7 +117,7 @@ def test_missing_arms_are_named():
 
 
 def test_a_missing_measurement_never_ships():
-    record = dict.fromkeys(("lift", "lift_low", "lift_high", "p", "always_valid_low", "always_valid_high", "always_valid_p", "least_detectable_lift"), float("nan"))
+    record = dict.fromkeys(("lift", "lift_low", "lift_high", "p", "always_valid_low", "always_valid_high", "always_valid_p", "p_decides", "least_detectable_lift"), float("nan"))
     assert decide(ExperimentPlan(guardrails={}), {"rpm": record}, [], [], 0, 1000, 1000).code == "no_difference"
 
 
