@@ -1,0 +1,487 @@
+"""EGA (V2): encoder of behaviours, POI decoder, multi-token-prediction creative decoder, reward model and payment network.
+
+P(page | S) = product over slots of P(poi | S, pois before) P(creative | poi, S). Both factors are products over codes. A bid is a feature
+of the payment network alone: it enters generation as a code's weight in the search (model/ega_v2/beam.py).
+Shape letters: B requests, L behaviours, K slots, C codes of a POI, E codes of a creative, W codes a layer, D width, R beams, T tokens.
+Equation numbers are V2's (arXiv 2505.17549v3).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as config_dataclass
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.layers import MLP, FeedForward
+
+_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+NONE = -1
+"""Stands for a code that is not there: a behaviour or organic item without creative, an empty slot, padding."""
+
+
+@config_dataclass(frozen=True, config=_STRICT)
+class NetworkConfig:
+    """Sizes of EGA (V2)."""
+
+    width: int = Field(64, ge=8)
+    """D, width of every token."""
+    heads: int = Field(4, ge=1)
+    """Attention heads."""
+    encoder_blocks: int = Field(3, ge=1)
+    """Blocks of the encoder (paper: 3)."""
+    decoder_blocks: int = Field(3, ge=1)
+    """Blocks of the POI decoder (paper: 3)."""
+    creative_blocks: int = Field(1, ge=1)
+    """Blocks of the creative decoder: one, as in multi-token prediction (DeepSeek-V3)."""
+    feed_forward: int = Field(4, ge=1)
+    """Hidden width of a feed-forward layer in units of D."""
+    behaviours: int = Field(256, ge=1)
+    """L, newest behaviours that are read (paper: 256); every request is padded to as many."""
+    slots: int = Field(10, ge=1, le=50)
+    """K, longest page (paper: 10)."""
+    reward_blocks: int = Field(2, ge=1)
+    """Blocks of the reward model."""
+    tower_hidden: tuple[int, ...] = (128, 32, 10)
+    """Hidden layers of the reward towers and of the payment network (paper: 128, 32, 10)."""
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
+        if not self.tower_hidden or min(self.tower_hidden) < 1:
+            raise ValueError(f"tower_hidden {self.tower_hidden} must name at least one hidden width, each above 0")
+
+
+@config_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class TokenSizes:
+    """What the tokens of a catalogue and of its logs look like; comes with the data."""
+
+    poi_layers: int
+    """C (paper: 3)."""
+    poi_codes: int
+    """W of POIs (paper: 1024)."""
+    creative_layers: int
+    """E (paper: 3)."""
+    creative_codes: int
+    """W of creatives."""
+    behaviour_fields: tuple[int, ...] = ()
+    """Number of values of each categorical field of a behaviour; value 0 is padding."""
+    user_fields: tuple[int, ...] = ()
+    """The same of user and context."""
+    poi_features: int = 0
+    """Numeric features of a POI that the reward model reads beside its codes: items of one tuple differ."""
+    creative_features: int = 0
+    """The same of a creative."""
+
+
+@dataclass(frozen=True)
+class History:
+    """What is known of B users when they ask. Behaviours are newest last; padding has POI codes -1 and may lie anywhere."""
+
+    poi: Tensor
+    """[B, L', C] POI codes."""
+    creative: Tensor
+    """[B, L', E] codes of the creative that was seen, -1: none."""
+    fields: Tensor
+    """[B, L', F] categorical fields of the behaviour."""
+    user: Tensor
+    """[B, F] categorical fields of user and context."""
+
+    def rows(self, part: slice) -> History:
+        """Some of the requests."""
+        return History(self.poi[part], self.creative[part], self.fields[part], self.user[part])
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the encoder made of a history: the first token is user and context."""
+
+    token: Tensor
+    """[B, 1 + L, D]"""
+    mask: Tensor
+    """[B, 1 + L]"""
+
+
+class Attention(nn.Module):
+    """Multi-head softmax attention with a bias-free projection of queries, keys and values."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width, bias=False)
+        self.key_value = nn.Linear(width, 2 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def split(self, x_BTD: Tensor) -> Tensor:
+        """[B, T, D] to [B, H, T, D / H]."""
+        return x_BTD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def keys(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, [B, H, T, D / H] each."""
+        key, value = self.key_value(x_BTD).chunk(2, -1)
+        return self.split(key), self.split(value)
+
+    def attend(self, x_BTD: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        """What the tokens get from keys and values; `mask` is true where a key may be read."""
+        heads = F.scaled_dot_product_attention(self.split(self.query(x_BTD)), key, value, attn_mask=mask, is_causal=causal)
+        return self.out(heads.transpose(1, 2).flatten(2))
+
+
+class EncoderBlock(nn.Module):
+    """Self-attention in both directions and a feed-forward layer, pre-RMSNorm with residuals."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.norm_attention, self.norm_forward = nn.RMSNorm(config.width), nn.RMSNorm(config.width)
+        self.attention = Attention(config.width, config.heads)
+        self.forward_layer = FeedForward(config.width, config.feed_forward)
+
+    def forward(self, x_BTD: Tensor, mask_BT: Tensor) -> Tensor:
+        x = self.norm_attention(x_BTD)
+        x_BTD = x_BTD + self.attention.attend(x, *self.attention.keys(x), mask_BT[:, None, None, :])
+        return x_BTD + self.forward_layer(self.norm_forward(x_BTD))
+
+
+class DecoderBlock(nn.Module):
+    """Causal self-attention, attention to the memory, feed-forward; pre-RMSNorm with residuals."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.norm_self, self.norm_cross, self.norm_forward = (nn.RMSNorm(config.width) for _ in range(3))
+        self.self_attention, self.cross_attention = Attention(config.width, config.heads), Attention(config.width, config.heads)
+        self.forward_layer = FeedForward(config.width, config.feed_forward)
+
+    def forward(self, x_BTD: Tensor, memory: Memory) -> Tensor:
+        """All tokens of a page at once."""
+        x = self.norm_self(x_BTD)
+        x_BTD = x_BTD + self.self_attention.attend(x, *self.self_attention.keys(x), causal=True)
+        return self._rest(x_BTD, self.cross_attention.keys(memory.token), memory.mask)
+
+    def _rest(self, x_BTD: Tensor, cross: tuple[Tensor, Tensor], mask_BL: Tensor) -> Tensor:
+        x_BTD = x_BTD + self.cross_attention.attend(self.norm_cross(x_BTD), *cross, mask_BL[:, None, None, :])
+        return x_BTD + self.forward_layer(self.norm_forward(x_BTD))
+
+    def step(self, x_BRD: Tensor, past: Tensor, at: int, cross: tuple[Tensor, Tensor], mask_BL: Tensor) -> Tensor:
+        """The token at place `at` of every beam, [B, R, D]; `past` [2, B, R, T, D] holds keys and values and gains this token's."""
+        x, width = self.norm_self(x_BRD), x_BRD.shape[-1]
+        attention = self.self_attention
+        past[:, :, :, at] = attention.key_value(x).unflatten(-1, (2, width)).movedim(-2, 0)
+        key, value = (attention.split(part[:, :, : at + 1].flatten(0, 1)) for part in past)
+        x_BRD = x_BRD + attention.attend(x.reshape(-1, 1, width), key, value).view(x.shape)
+        return self._rest(x_BRD, cross, mask_BL)  # the beams of a request are its query tokens
+
+
+class CodeTables(nn.Module):
+    """One embedding table a layer of codes, with a row for "none"; the decoder's output weights are the same rows."""
+
+    def __init__(self, layers: int, codes: int, width: int) -> None:
+        super().__init__()
+        self.layers, self.codes = layers, codes
+        self.tables = nn.ModuleList(nn.Embedding(codes + 1, width) for _ in range(layers))
+        for table in self.tables:
+            nn.init.normal_(table.weight, std=width**-0.5)
+
+    def code(self, layer: int, codes: Tensor) -> Tensor:
+        """Embeddings of one layer's codes [...], -1 or W: none."""
+        return self.tables[layer](torch.where(codes < 0, self.codes, codes))
+
+    def item(self, codes: Tensor) -> Tensor:
+        """Embedding of tuples [..., layers]: the sum of its codes', as an item's features are the sum of its centres."""
+        return torch.stack([self.code(layer, codes[..., layer]) for layer in range(self.layers)]).sum(0)
+
+    def logits(self, layer: int, state: Tensor) -> Tensor:
+        """[..., W] of states [..., D]."""
+        return state @ self.tables[layer].weight[: self.codes].T
+
+
+class Encoder(nn.Module):
+    """Behaviours as POI, creative and fields, one token each; user and context are the first token."""
+
+    def __init__(self, config: NetworkConfig, sizes: TokenSizes, poi: CodeTables, creative: CodeTables) -> None:
+        super().__init__()
+        width = config.width
+        self.length = config.behaviours
+        self.poi, self.creative = poi, creative
+        self.fields = nn.ModuleList(nn.Embedding(values, width, padding_idx=0) for values in sizes.behaviour_fields)
+        self.user = nn.ModuleList(nn.Embedding(values, width, padding_idx=0) for values in sizes.user_fields)
+        self.start = nn.Parameter(torch.randn(width) / math.sqrt(width))
+        self.age = nn.Embedding(config.behaviours, width)
+        """By place counted from the newest behaviour."""
+        nn.init.normal_(self.age.weight, std=width**-0.5)
+        self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.encoder_blocks))
+        self.norm = nn.RMSNorm(width)
+
+    def forward(self, history: History) -> Memory:
+        """Memory of B requests: the newest L behaviours, always padded to L, so that a request's numbers do not depend on its company."""
+        missing = max(0, self.length - history.poi.shape[1])
+
+        def fitted(values: Tensor, padding: int) -> Tensor:
+            return F.pad(values[:, -self.length :], (0, 0, missing, 0), value=padding)
+
+        poi, creative, fields = fitted(history.poi, NONE), fitted(history.creative, NONE), fitted(history.fields, 0)
+        mask = (poi >= 0).all(-1)
+        token = self.poi.item(poi) + self.creative.item(creative) + self.age.weight.flip(0)
+        for column, table in enumerate(self.fields):
+            token = token + table(fields[..., column])
+        first = self.start.expand(len(token), -1)
+        for column, table in enumerate(self.user):
+            first = first + table(history.user[:, column])
+        token = torch.cat([first.unsqueeze(1), token], 1)
+        mask = torch.cat([torch.ones_like(mask[:, :1]), mask], 1)
+        for block in self.blocks:
+            token = block(token, mask)
+        return Memory(self.norm(token), mask)
+
+
+@dataclass(frozen=True)
+class PageLogits:
+    """Logits of every code of given pages, each code given those before it."""
+
+    poi: Tensor
+    """[B, K, C, W]"""
+    creative: Tensor
+    """[B, K, E, W]"""
+
+
+class EgaV2(nn.Module):
+    """The whole network; `Decoding` drives it step by step, `page_logits` scores given pages at once."""
+
+    def __init__(self, config: NetworkConfig, sizes: TokenSizes, prior_ctr: float = 0.05) -> None:
+        super().__init__()
+        self.config, self.sizes = config, sizes
+        width = config.width
+        self.poi_codes = CodeTables(sizes.poi_layers, sizes.poi_codes, width)
+        self.creative_codes = CodeTables(sizes.creative_layers, sizes.creative_codes, width)
+        self.encoder = Encoder(config, sizes, self.poi_codes, self.creative_codes)
+        self.page_start = nn.Parameter(torch.randn(width) / math.sqrt(width))
+        self.poi_place = nn.Parameter(torch.randn(config.slots * sizes.poi_layers, width) / math.sqrt(width))
+        self.poi_blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.decoder_blocks))
+        self.poi_norm = nn.RMSNorm(width)
+        self.state_norm, self.next_norm = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.join = nn.Linear(2 * width, width, bias=False)
+        self.creative_place = nn.Parameter(torch.randn(config.slots * sizes.creative_layers, width) / math.sqrt(width))
+        self.creative_blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.creative_blocks))
+        self.creative_norm = nn.RMSNorm(width)
+        self.reward = RewardModel(config, sizes, prior_ctr)
+        self.payment = PaymentNetwork(config)
+
+    def creative_start(self, state: Tensor, poi_codes: Tensor) -> Tensor:
+        """Input of the creative decoder for the next POI: [RMSNorm(h); RMSNorm(embedding of the POI)], projected.
+
+        `state` [..., D] is h, the POI decoder's at the place from which the POI's first code was predicted; `poi_codes` [..., C].
+        """
+        return self.join(torch.cat([self.state_norm(state), self.next_norm(self.poi_codes.item(poi_codes))], -1))
+
+    def page_logits(self, memory: Memory, poi_BKC: Tensor, creative_BKE: Tensor) -> PageLogits:
+        """Logits of the codes of B pages of K slots, teacher-forced: every code sees those before it, and no other.
+
+        Empty slots (-1) may only follow full ones; their logits mean nothing and no other logit reads them.
+        """
+        batch, slots, layers = poi_BKC.shape
+        width = self.config.width
+        before = torch.stack([self.poi_codes.code(layer, poi_BKC[..., layer]) for layer in range(layers)], 2).flatten(1, 2)
+        x = torch.cat([self.page_start.expand(batch, 1, width), before[:, :-1]], 1) + self.poi_place[: slots * layers]
+        for block in self.poi_blocks:
+            x = block(x, memory)
+        x = self.poi_norm(x).unflatten(1, (slots, layers))
+        poi = torch.stack([self.poi_codes.logits(layer, x[:, :, layer]) for layer in range(layers)], 2)
+        parts = creative_BKE.shape[-1]
+        tokens = [self.creative_start(x[:, :, 0], poi_BKC), *(self.creative_codes.code(layer, creative_BKE[..., layer]) for layer in range(parts - 1))]
+        y = torch.stack(tokens, 2).flatten(1, 2) + self.creative_place[: slots * parts]
+        for block in self.creative_blocks:
+            y = block(y, memory)
+        y = self.creative_norm(y).unflatten(1, (slots, parts))
+        return PageLogits(poi, torch.stack([self.creative_codes.logits(layer, y[:, :, layer]) for layer in range(parts)], 2))
+
+    def decoder(self, history: History, beams: int, slots: int) -> Callable[[slice], Decoding]:
+        """What `beam.search` asks for: encodes some of the requests and decodes their pages."""
+        return lambda part: Decoding(self, self.encoder(history.rows(part)), beams, slots)
+
+    def stage_parameters(self, stage: str) -> list[nn.Parameter]:
+        """What each training stage learns; everything else is frozen."""
+        if stage == "pretrain":
+            return [parameter for name, parameter in self.named_parameters() if not name.startswith(("reward.", "payment."))]
+        return list({"reward": self.reward, "payment": self.payment}[stage].parameters())
+
+    def enter_stage(self, stage: str) -> list[nn.Parameter]:
+        """Freeze all but the stage's parameters; returns those."""
+        self.requires_grad_(False)
+        parameters = self.stage_parameters(stage)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        return parameters
+
+
+def generation_losses(logits: PageLogits, poi_BKC: Tensor, creative_BKE: Tensor) -> tuple[Tensor, Tensor]:
+    """L_NTP and L_MTP (Eq. 27-29): mean cross-entropy of the POI codes and of the creative codes that are there (not -1).
+
+    Their sum is the loss of pre-training. Without any such code a loss is 0.
+    """
+
+    def mean(logit: Tensor, code: Tensor) -> Tensor:
+        total = F.cross_entropy(logit.flatten(0, -2).float(), code.flatten(), ignore_index=NONE, reduction="sum")
+        return total / (code != NONE).sum().clamp(min=1)
+
+    return mean(logits.poi, poi_BKC), mean(logits.creative, creative_BKE)
+
+
+class Decoding:
+    """`EgaV2` as a `beam.Decoder`: keys and values of all beams, one token a step."""
+
+    def __init__(self, network: EgaV2, memory: Memory, beams: int, slots: int) -> None:
+        if slots > network.config.slots:
+            raise ValueError(f"a page of {slots} slots was asked of a network for {network.config.slots}")
+        self.network, self.memory, self.beams = network, memory, beams
+        batch, width = len(memory.token), network.config.width
+        self.cross = [[block.cross_attention.keys(memory.token) for block in blocks] for blocks in (network.poi_blocks, network.creative_blocks)]
+        lengths = (slots * network.sizes.poi_layers, slots * network.sizes.creative_layers)
+        self.past = [
+            memory.token.new_zeros(len(blocks), 2, batch, beams, length, width)
+            for blocks, length in zip((network.poi_blocks, network.creative_blocks), lengths, strict=True)
+        ]
+        self.length = [0, 0]
+        self.request = torch.arange(batch).unsqueeze(1)
+        self.state = memory.token.new_zeros(batch, beams, width)
+        """h at the place from which the slot's first POI code was predicted."""
+
+    def _step(self, which: int, x_BRD: Tensor, blocks: nn.ModuleList) -> Tensor:
+        at = self.length[which]
+        for number, block in enumerate(blocks):
+            x_BRD = block.step(x_BRD, self.past[which][number], at, self.cross[which][number], self.memory.mask)
+        self.length[which] += 1
+        return x_BRD
+
+    def poi_logits(self, previous_BR: Tensor | None) -> Tensor:
+        """See `beam.Decoder`."""
+        network, at = self.network, self.length[0]
+        layers = network.sizes.poi_layers
+        if previous_BR is None:
+            x = network.page_start.expand(len(self.request), self.beams, -1)
+        else:
+            x = network.poi_codes.code((at - 1) % layers, previous_BR)
+        x = network.poi_norm(self._step(0, x + network.poi_place[at], network.poi_blocks))
+        if at % layers == 0:
+            self.state = x
+        return network.poi_codes.logits(at % layers, x)
+
+    def creative_logits(self, poi_BRC: Tensor, previous_BR: Tensor | None) -> Tensor:
+        """See `beam.Decoder`."""
+        network, at = self.network, self.length[1]
+        layer = at % network.sizes.creative_layers
+        x = network.creative_start(self.state, poi_BRC) if previous_BR is None else network.creative_codes.code(layer - 1, previous_BR)
+        x = network.creative_norm(self._step(1, x + network.creative_place[at], network.creative_blocks))
+        return network.creative_codes.logits(layer, x)
+
+    def keep(self, parent_BR: Tensor) -> None:
+        """See `beam.Decoder`."""
+        self.state = self.state[self.request, parent_BR]
+        for past, length in zip(self.past, self.length, strict=True):
+            past[..., :length, :] = past[:, :, self.request, parent_BR, :length]
+
+
+@dataclass(frozen=True)
+class PageItems:
+    """Pages of B requests as the reward model reads them; empty slots have POI codes -1."""
+
+    poi: Tensor
+    """[B, K, C]"""
+    creative: Tensor
+    """[B, K, E], -1: none."""
+    organic: Tensor
+    """[B, K] bool"""
+    poi_features: Tensor
+    """[B, K, F]"""
+    creative_features: Tensor
+    """[B, K, F]"""
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """Logits of the three towers, [B, K] each: click on the POI, click on the creative, purchase after a click."""
+
+    poi_click: Tensor
+    creative_click: Tensor
+    purchase: Tensor
+
+
+class RewardModel(nn.Module):
+    """Permutation-aware: every item is read in its slot, beside its neighbours, through attention over the page. Never reads a bid.
+
+    It has code tables of its own: those of the generator go on answering "what comes next", these "is it clicked here".
+    """
+
+    def __init__(self, config: NetworkConfig, sizes: TokenSizes, prior_ctr: float) -> None:
+        super().__init__()
+        width = config.width
+        self.poi_codes = CodeTables(sizes.poi_layers, sizes.poi_codes, width)
+        self.creative_codes = CodeTables(sizes.creative_layers, sizes.creative_codes, width)
+        self.features = nn.Linear(sizes.poi_features + sizes.creative_features, width, bias=False) if sizes.poi_features + sizes.creative_features else None
+        self.slot = nn.Embedding(config.slots, width)
+        self.organic = nn.Embedding(2, width)
+        self.blocks = nn.ModuleList(PageBlock(config) for _ in range(config.reward_blocks))
+        self.norm = nn.RMSNorm(width)
+        self.towers = nn.ModuleList(MLP(width, config.tower_hidden, 1, zero_last=True) for _ in range(3))
+        for tower in self.towers:
+            nn.init.constant_(tower.layers[-1].bias, math.log(prior_ctr / (1 - prior_ctr)))
+
+    def states(self, memory: Memory, page: PageItems) -> Tensor:
+        """What attention made of every item, [B, K, D]."""
+        slots = page.poi.shape[1]
+        mask = (page.poi >= 0).all(-1)
+        x = self.poi_codes.item(page.poi) + self.creative_codes.item(page.creative) + self.slot.weight[:slots] + self.organic(page.organic.long())
+        if self.features is not None:
+            x = x + self.features(torch.cat([page.poi_features, page.creative_features], -1))
+        # A page without any item attends to its empty slots and is ignored by the caller.
+        attend = mask | ~mask.any(1, keepdim=True)
+        for block in self.blocks:
+            x = block(x, attend, memory)
+        return self.norm(x)
+
+    def forward(self, memory: Memory, page: PageItems) -> Rewards:
+        """Three logits an item; those of empty slots mean nothing."""
+        x = self.states(memory, page)
+        return Rewards(*(tower(x).squeeze(-1) for tower in self.towers))
+
+
+class PageBlock(nn.Module):
+    """Self-attention over the page, attention to the memory, feed-forward; pre-RMSNorm with residuals."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.encoder = EncoderBlock(config)
+        self.norm_cross = nn.RMSNorm(config.width)
+        self.cross_attention = Attention(config.width, config.heads)
+
+    def forward(self, x_BKD: Tensor, mask_BK: Tensor, memory: Memory) -> Tensor:
+        x_BKD = x_BKD + self.cross_attention.attend(self.norm_cross(x_BKD), *self.cross_attention.keys(memory.token), memory.mask[:, None, None, :])
+        return self.encoder(x_BKD, mask_BK)
+
+
+class PaymentNetwork(nn.Module):
+    """Price per click of every ad of a page, at the level of POIs; 0 <= p <= b by construction, and an organic item pays 0.
+
+    Reads the item's state on the page, the other items' bids in page order and z * pCTR. Those alone are blind to the own bid, and a
+    price rate that is blind to it makes shading pay always; `forward` therefore reads the own bid too.
+    """
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.slots = config.slots
+        self.reduce = nn.Linear(config.width, 16)
+        self.mlp = MLP(16 + 1 + (config.slots - 1) + 1, config.tower_hidden, 1, zero_last=True)
+
+    def forward(self, state_BKD: Tensor, bid_BK: Tensor, exposure_BK: Tensor, reserve_BK: Tensor) -> Tensor:
+        """Payments per click [B, K] in the unit of `bid`; bids over the city's median, 0 in organic and empty slots; exposure is z * pCTR."""
+        batch, slots = bid_BK.shape
+        others = bid_BK.unsqueeze(1).expand(-1, slots, -1)
+        others = others[:, ~torch.eye(slots, dtype=torch.bool)].view(batch, slots, slots - 1)
+        others = F.pad(others, (0, self.slots - slots))
+        x = torch.cat([self.reduce(state_BKD), exposure_BK.unsqueeze(-1), torch.log1p(others), torch.log1p(bid_BK).unsqueeze(-1)], -1)
+        price = bid_BK * torch.sigmoid(self.mlp(x).squeeze(-1))
+        return torch.minimum(torch.maximum(price, reserve_BK), bid_BK)
