@@ -13,8 +13,9 @@ import torch
 from auction.receipt import charge
 from auction.ties import tie_keys
 from model.bundle import Bundle
-from model.ega_v1.mechanism import PRICE_MODES, Pool, PriceMode, allocate, prices, slot_clicks
-from model.ega_v1.network import PAGE_COLUMNS, Batch
+from model.ega_v1.inference import CityCache, Encoded, Execution, WholeCity
+from model.ega_v1.mechanism import PRICE_MODES, Pool, PriceMode, allocate_scored, contenders, prices, slot_clicks
+from model.ega_v1.network import PAGE_COLUMNS
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,7 @@ class CityState:
     """User-independent states of a city's ads under one model; immutable, shared by requests."""
 
     ad_ids: np.ndarray
-    states: torch.Tensor
-    """[1, N, D] ad states up to the first fusion."""
-    ad_fields: torch.Tensor
-    """[1, N, F_ad]."""
-    ad_place: torch.Tensor
-    """[1, N, 2]."""
+    cache: CityCache
     tie_key: np.ndarray
     """[N] salted hashes that decide ties."""
 
@@ -74,23 +70,24 @@ class RankedPage:
 class RankingEngine:
     """One immutable model ready to rank."""
 
-    def __init__(self, bundle: Bundle, tie_salt: str = "ega") -> None:
+    def __init__(self, bundle: Bundle, tie_salt: str = "ega", execution: Execution | None = None) -> None:
         self.bundle = bundle
         self.network = bundle.network
         self.tie_salt = tie_salt
         self.slots = bundle.network.config.slots
         mode = bundle.gates.get("price_mode", "critical")
         self.default_price_mode: PriceMode = mode if mode in PRICE_MODES else "critical"
+        self.execution = execution or Execution()
+        self._whole_city = WholeCity(bundle.network, self.execution)
 
-    @torch.inference_mode()
     def prepare_city(self, ad_ids: np.ndarray, ad_fields: np.ndarray, ad_place: np.ndarray) -> CityState:
         """States of a city's active ads: int64 [N], int32 [N, F_ad], float32 [N, 2]. Recompute when ads come or go; bids do not matter."""
         if len(ad_ids) == 0:
             raise ValueError("a city needs at least one ad")
         fields = torch.from_numpy(np.ascontiguousarray(ad_fields)).long().unsqueeze(0)
-        mask = torch.ones(fields.shape[:2], dtype=torch.bool)
         place = torch.from_numpy(np.ascontiguousarray(ad_place, np.float32)).unsqueeze(0)
-        return CityState(np.asarray(ad_ids, np.int64), self.network.city_states(fields, mask), fields, place, tie_keys(np.asarray(ad_ids, np.int64), self.tie_salt))
+        ids = np.asarray(ad_ids, np.int64)
+        return CityState(ids, self._whole_city.prepare(fields, place), tie_keys(ids, self.tie_salt))
 
     @torch.inference_mode()
     def rank(
@@ -124,26 +121,15 @@ class RankingEngine:
         unit = float(np.median(bids)) if bid_unit is None else float(bid_unit)
         if not (np.isfinite(unit) and unit > 0):
             raise ValueError(f"bid_unit must be finite and above 0, got {unit}")
-        inputs = Batch(
-            ad_fields=city.ad_fields,
-            ad_mask=torch.ones(city.ad_fields.shape[:2], dtype=torch.bool),
-            ad_place=city.ad_place,
-            user_fields=torch.from_numpy(np.asarray(user_fields)).long().unsqueeze(0),
-            context_fields=torch.from_numpy(np.asarray(context_fields)).long().unsqueeze(0),
-            behaviours=torch.from_numpy(np.asarray(behaviours)).long().unsqueeze(0),
-            request_place=torch.from_numpy(np.asarray(request_place, np.float32)).unsqueeze(0),
-        )
-        h, user, reached = self.network.survey(city.states, inputs)
-        click, purchase = self.network.heads(h, user)
-        scaled = np.asarray(bids, np.float64) / unit
-        shown = np.asarray(eligible, bool) & (torch.sigmoid(click[0]).double().numpy() >= quality_floor)
-        pool = Pool(
-            np.zeros(1, np.int64), h, city.ad_fields[..., PAGE_COLUMNS], user, click, purchase, torch.from_numpy(scaled).unsqueeze(0), torch.from_numpy(np.asarray(reserves, np.float64) / unit).unsqueeze(0),
-            reached, np.arange(len(city.ad_ids))[None], np.array([unit]),
-        )  # fmt: skip
-        pages = allocate(self.network, pool, tie_key=city.tie_key, slots=wanted, eligible=shown[None])
+        request = [torch.from_numpy(np.asarray(values)).long().unsqueeze(0) for values in (user_fields, context_fields, behaviours)]
+        with self._whole_city.lock:
+            encoded = self._whole_city.encode(city.cache, *request, torch.from_numpy(np.asarray(request_place, np.float32)).unsqueeze(0))
+            pool, market = self._market(city, encoded, np.asarray(bids, np.float64) / unit, np.asarray(reserves, np.float64) / unit, eligible, wanted, quality_floor, unit)
+        candidates = pool.ad_rows[0]
+        pages = allocate_scored(pool, *market, self.network.evaluator, city.tie_key[candidates])
         kept = pages.pages[0] >= 0
-        rows = pages.pages[0][kept]
+        rows = candidates[pages.pages[0][kept]]
+        runner_up = pages.runner_up[0][kept]
         bid = np.asarray(bids, np.float64)[rows]
         reserve = np.asarray(reserves, np.float64)[rows]
         theta, slot_ctr = pages.theta[0][kept] * unit, pages.ctr_moved[0][kept]
@@ -159,6 +145,40 @@ class RankingEngine:
         ]  # fmt: skip
         return RankedPage(
             rows, pages.ctr[0][kept], set_pctr, np.array([c.price for c in charges]), np.array([c.critical for c in charges], np.float64), theta, slot_ctr,
-            next_score, below, clicks, pages.runner_up[0][kept], pages.affinity[0][kept], pages.slope[0][kept] / unit, pages.tied[0][kept], network_price,
+            next_score, below, clicks, np.where(runner_up >= 0, candidates[runner_up], -1), pages.affinity[0][kept], pages.slope[0][kept] / unit, pages.tied[0][kept], network_price,
             pages.repaired[0][kept], mode,
         )  # fmt: skip
+
+    def _market(
+        self, city: CityState, encoded: Encoded, bids: np.ndarray, reserves: np.ndarray, eligible: np.ndarray, slots: int, quality_floor: float, unit: float
+    ) -> tuple[Pool, tuple[np.ndarray, ...]]:
+        """The ads that can matter, and the arguments of `allocate_scored` for them; bids and reserves over the unit."""
+        among = np.arange(len(bids))
+        q, affinity, slopes = _numbers(encoded, slots)
+        shown = np.asarray(eligible, bool) if encoded.reached is None else np.asarray(eligible, bool) & encoded.reached[0].cpu().numpy()
+        if encoded.again is not None:  # rounded scores say who may reach the page, exact ones who does
+            among = contenders(q, bids, affinity, slopes, shown & (bids >= reserves) & (bids > 0), MAY_REACH)
+            encoded = encoded.again(torch.from_numpy(among).to(encoded.h.device))
+            q, affinity, slopes = _numbers(encoded, slots)
+            bids, reserves, shown = bids[among], reserves[among], shown[among]
+        shown = shown & (q >= quality_floor)
+        rows = contenders(q, bids, affinity, slopes, shown & (bids >= reserves) & (bids > 0))
+        index = torch.from_numpy(rows).to(encoded.h.device)
+        h, user, click = (x.cpu() for x in (encoded.h[:, index], encoded.user, encoded.click[:, index]))
+        fields = city.cache.ad_fields[:, torch.from_numpy(among[rows]).to(encoded.h.device)].cpu()
+        q, bids, reserves, affinity, slopes, shown = (x[rows][None] for x in (q, bids, reserves, affinity, slopes, shown))
+        pool = Pool(
+            np.zeros(1, np.int64), h, fields[..., PAGE_COLUMNS], user, click, self.network.purchase_head(h, user), torch.from_numpy(bids), torch.from_numpy(reserves),
+            torch.ones(1, len(rows), dtype=torch.bool), among[rows][None], np.array([unit]),
+        )  # fmt: skip
+        return pool, (q, bids, reserves, affinity, slopes, shown)
+
+
+MAY_REACH = 64
+"""Ads a slot, by rounded scores, among which the page is sought by exact ones: rounding moves an ad by a few ranks, not by fifty."""
+
+
+def _numbers(encoded: Encoded, slots: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """q [N], A and slopes [N, slots] in float64 on the CPU."""
+    affinity, slopes = (x[0, :, :slots].double().cpu().numpy() for x in (encoded.affinity, encoded.slopes))
+    return torch.sigmoid(encoded.click[0]).double().cpu().numpy(), affinity, slopes

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from auction import batch as auctions
 from auction.critical import step_prices_everywhere
+from auction.shortlist import prefilter
 from auction.ties import quantise
 from model.ega_v1.network import RankingModel
 from model.layers import take
@@ -145,9 +146,39 @@ def allocate(
     slots = slots or network.config.slots
     affinity_BNK, slopes_BNK = affinities(network, pool, slots, learned)
     allowed = pool.mask.numpy() if eligible is None else pool.mask.numpy() & eligible
+    return allocate_scored(pool, q, bids, reserves, affinity_BNK, slopes_BNK, allowed, evaluator or network.evaluator, tie_key)
+
+
+@torch.no_grad()
+def allocate_scored(
+    pool: Pool, q: np.ndarray, bids: np.ndarray, reserves: np.ndarray, affinity_BNK: np.ndarray, slopes_BNK: np.ndarray, allowed: np.ndarray,
+    evaluator: torch.nn.Module, tie_key: np.ndarray | None = None,
+) -> Pages:  # fmt: skip
+    """`allocate` from q, A and slopes as they are given, float64 [B, N] and [B, N, K]; `allowed` [B, N] is who may be shown at some bid."""
     eligible = allowed & (bids >= reserves) & (bids > 0)
-    found = auctions.counterfactuals(q, bids, affinity_BNK, slopes_BNK, slots, eligible, tie_key)
-    return price_pages(pool, found, q, bids, reserves, affinity_BNK, slopes_BNK, eligible, evaluator or network.evaluator)
+    found = auctions.counterfactuals(q, bids, affinity_BNK, slopes_BNK, affinity_BNK.shape[-1], eligible, tie_key)
+    return price_pages(pool, found, q, bids, reserves, affinity_BNK, slopes_BNK, eligible, evaluator)
+
+
+def contenders(q: np.ndarray, bids: np.ndarray, affinity_NK: np.ndarray, slopes_NK: np.ndarray, able: np.ndarray, count: int = 0) -> np.ndarray:
+    """Rows of one request that `allocate_scored` needs to give the page, thresholds and prices that all N rows would give, ascending.
+
+    The top K + 1 of every slot (auction.shortlist), and the top K + 1 by q * b, which hold the best ad that is not shown: GSP's and VCG's
+    last rival. Usually a few dozen of N. With `count` simply the top `count` of each.
+    """
+    rows, slots = np.flatnonzero(able), affinity_NK.shape[1]
+    if len(rows) == 0:
+        return np.zeros(1, np.int64)
+    if len(rows) < len(q):
+        q, bids, affinity_NK, slopes_NK = q[rows], bids[rows], affinity_NK[rows], slopes_NK[rows]
+    if count == 0:
+        by_score = prefilter(q, bids, affinity_NK, slopes_NK, slots, None)
+        return rows[np.union1d(by_score, prefilter(q, bids, 0.0, 1.0, slots, None))]
+    if len(rows) <= count:
+        return rows
+    value = q * bids
+    columns = [value, *(slopes_NK[:, slot] * value + affinity_NK[:, slot] for slot in range(slots))]
+    return rows[np.unique(np.concatenate([np.argpartition(column, -count)[-count:] for column in columns]))]
 
 
 def price_pages(

@@ -337,12 +337,16 @@ class Generator(nn.Module):
         self.bid_log_weight = nn.Parameter(torch.tensor(4.0))
         """w; with q*b around 0.1 the softmax over ads is then neither flat nor one-hot."""
 
-    def slot_tokens(self, h_BND: Tensor, mask_BN: Tensor, user_BD: Tensor) -> Tensor:
+    def clusters(self, h_BND: Tensor, mask_BN: Tensor) -> list[Clusters]:
+        """What the slot tokens attend to in each block: clusters of the ads."""
+        return [attention.keys(h_BND, mask_BN) for _, attention, _, _ in self.blocks]
+
+    def slot_tokens(self, user_BD: Tensor, clusters: list[Clusters]) -> Tensor:
         """T: [B, K, D]."""
         token = self.slot.unsqueeze(0) + self.user(user_BD).unsqueeze(1)
         mask = torch.ones(token.shape[:2], dtype=torch.bool, device=token.device)
-        for norm_attention, attention, norm_forward, forward in self.blocks:
-            token = token + attention(norm_attention(token), mask, attention.keys(h_BND, mask_BN))
+        for (norm_attention, attention, norm_forward, forward), keys in zip(self.blocks, clusters, strict=True):
+            token = token + attention(norm_attention(token), mask, keys)
             token = token + forward(norm_forward(token))
         return self.norm(token)
 
@@ -352,10 +356,12 @@ class Generator(nn.Module):
 
     def forward(self, h_BND: Tensor, mask_BN: Tensor, user_BD: Tensor) -> tuple[Tensor, Tensor]:
         """Affinity A [B, N, K] and slopes e^{w+M} [B, N, K]; neither reads a bid."""
-        token = self.slot_tokens(h_BND, mask_BN, user_BD)
+        token = self.slot_tokens(user_BD, self.clusters(h_BND, mask_BN))
         root = math.sqrt(h_BND.shape[-1])
-        affinity = h_BND @ self.add(token).transpose(1, 2) / root
-        factor = h_BND @ self.scale(token).transpose(1, 2) / root
+        return self.combine(h_BND @ self.add(token).transpose(1, 2) / root, h_BND @ self.scale(token).transpose(1, 2) / root)
+
+    def combine(self, affinity: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """A and e^{w+M} from the products with the slot tokens, by the configured form."""
         if self.affinity == "additive":
             factor = torch.zeros_like(factor)
         elif self.affinity == "multiplicative":

@@ -229,7 +229,7 @@ def test_the_engine_serves_the_page_of_the_replay(trained: SimpleNamespace, tmp_
     row = int(samples.split_rows(schema.TEST)[0])
     city = samples.city(int(samples.day[row]), int(samples.city_code[row]))
     state = engine.prepare_city(np.asarray(samples.ad_id)[city.rows], np.asarray(samples.ad_fields)[city.rows], np.asarray(samples.ad_place)[city.rows])
-    assert state.states.shape[-1] == bundle.network.state_width == 48
+    assert state.cache.states.shape[-1] == bundle.network.state_width == 48
     page = engine.rank(
         state, samples.user_fields[row], samples.context_fields[row], samples.behaviours[row], samples.request_place[row], city.bid * city.unit,
         city.reserve * city.unit, np.ones(len(city.rows), bool), bid_unit=city.unit,
