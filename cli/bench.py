@@ -2,37 +2,51 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 
-def bench(name: str, out: Path | None, run: Path | None = None, plot: Path | None = None, steps: int | None = None) -> int:
-    """Run a benchmark by name; some need the folder of a finished run."""
+def benchmarks() -> dict[str, Callable[..., dict[str, Any]]]:
+    """Every benchmark by name. Its parameters are the options that it takes."""
     from benchmarks.auctions import ON_RUN
+    from benchmarks.flops import flops
     from benchmarks.speed import BENCHMARKS
+    from benchmarks.tables import TABLES
+
+    return {**BENCHMARKS, **ON_RUN, **TABLES, "flops": flops}
+
+
+def bench(name: str, out: Path | None = None, plot: Path | None = None, **options: Any) -> int:
+    """Run a benchmark by name with the options that were given (None: not given); print it, keep it as JSON and as a plot."""
     from model.bundle import write_atomic
     from model.evaluation.evaluate import finite_only
     from model.evaluation.plots import lines_svg
 
-    if steps is not None and name != "payments":
-        raise ValueError(f"benchmark {name} takes no --steps; only payments trains anything")
-    if name in ON_RUN:
-        if run is None:
-            raise ValueError(f"benchmark {name} measures a finished run: add --run RUN, e.g. the folder that `ega run config/quickstart.yaml` wrote")
-        result = ON_RUN[name](run) if steps is None else ON_RUN[name](run, steps=steps)
-    elif name in BENCHMARKS:
-        result = BENCHMARKS[name]()
-    else:
-        raise ValueError(f"no benchmark {name!r}; there are {', '.join([*BENCHMARKS, *ON_RUN])}")
+    known = benchmarks()
+    if name not in known:
+        raise ValueError(f"no benchmark {name!r}; there are {', '.join(known)}")
+    takes = inspect.signature(known[name]).parameters
+    given = {option: value for option, value in options.items() if value is not None}
+    wrong = [option for option in given if option not in takes]
+    if wrong:
+        others = [other for other, function in known.items() if wrong[0] in inspect.signature(function).parameters]
+        raise ValueError(f"benchmark {name} takes no --{wrong[0]}" + (f"; {', '.join(others)} do" if others else ""))
+    if "run" in takes and "run" not in given:
+        raise ValueError(f"benchmark {name} measures a finished run: add --run RUN, e.g. the folder that `ega run config/quickstart.yaml` wrote")
+    shown = "".join(f" --{option}" + ("" if value is True else f" {value}") for option, value in given.items())
+    result = {"command": f"ega bench {name}{shown}", **known[name](**given)}
     if plot is not None and "series" not in result:
         raise ValueError(f"benchmark {name} has no course to plot")
     for key, value in result.items():
-        if key not in ("table", "series", "axes"):
+        if key not in ("series", "axes", "command") and not isinstance(value, list | dict):
             print(f"{key:<28}{value:.4g}" if isinstance(value, float) else f"{key:<28}{value}")
-    if "table" in result:
-        print(markdown(result["table"]))
+    for key in ("table", "second_table"):
+        if key in result:
+            print(("" if key == "table" else "\n") + markdown(result[key]))
     if out is not None:
         write_atomic(out, json.dumps(finite_only({"name": name, **result}), indent=1, allow_nan=False).encode())
     if plot is not None:

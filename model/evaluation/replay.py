@@ -67,6 +67,8 @@ class Replay:
     """policy, request_id, user_id, clicks, revenue (currency), bid_value: sums over the page by the evaluation evaluator."""
     pages: pd.DataFrame
     """policy, request_id, slot, ad_id, bid, payment, pctr (of the evaluator that priced), judged_pctr (of the evaluation evaluator); one row a displayed ad."""
+    recall: pd.DataFrame
+    """request_id, user_id, recall: Recall@k of every replayed request, NaN where there was nothing to find."""
     plots: dict[str, np.ndarray]
     """exposed_click, exposed_pctr (calibration, ROC); learned (if the model has a payment network), critical, bid of displayed ads (scatter); lie_* (see `_lies`)."""
 
@@ -139,7 +141,9 @@ def replay(network: RankingModel, samples: Samples, config: EvaluationConfig, in
     base, other = (np.concatenate(exposed[name]) for name in ("set", "evaluation"))
     _, low_level, high_level = mean_and_interval(q, np.concatenate(exposed["user"]), over=y)
     ranking = pretrain_metrics(network, samples, rows, 2 * config.batch)
-    recall, low, high = mean_and_interval(*_with_users(np.concatenate(recalls), samples.user_id[np.sort(rows)]))
+    asked = np.sort(rows)
+    found = pd.DataFrame({"request_id": samples.request_id[asked], "user_id": samples.user_id[asked], "recall": np.concatenate(recalls)})
+    recall, low, high = mean_and_interval(*_with_users(found["recall"].to_numpy(), found["user_id"].to_numpy()))
     metrics: dict[str, Any] = {
         "policy": kind,
         "requests": len(rows),
@@ -150,14 +154,14 @@ def replay(network: RankingModel, samples: Samples, config: EvaluationConfig, in
             f"recall_at_{config.recall_at}": recall, f"recall_at_{config.recall_at}_interval": [low, high],
         },
         "policies": _policy_table(per_request),
-        "off_policy": off_policy_table(all_pages, samples, np.sort(rows)),
+        "off_policy": off_policy_table(all_pages, samples, asked),
         "psi": {
             name: {**value.psi(), **{f"{key}_model": mine for key, mine in regret["model"][name].psi().items() if key.startswith("psi_")}}
             for name, value in regret["evaluation"].items()
         },
     }  # fmt: skip
     plots = {"exposed_click": y, "exposed_pctr": q, **{name: np.concatenate(value) for name, value in scatter.items()}, **lies}
-    return Replay(metrics, per_request, all_pages, plots)
+    return Replay(metrics, per_request, all_pages, found, plots)
 
 
 def _with_users(values: np.ndarray, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -221,6 +225,14 @@ def _read(network: RankingModel, samples: Samples, rows: np.ndarray, exposed: di
     exposed["set"].append(torch.sigmoid(data["click_logit"])[shown].double().numpy())
     for name, evaluator in (("evaluator", network.evaluator), ("evaluation", network.evaluation_evaluator)):
         exposed[name].append(torch.sigmoid(evaluator(*page)[0])[shown].double().numpy())
+
+
+@torch.no_grad()
+def refereed_clicks(network: RankingModel, samples: Samples, rows: np.ndarray, pages: np.ndarray) -> np.ndarray:
+    """[R, K] click probability, by `network`'s evaluation evaluator, of pages [R, K] (rows of the ad table, -1 none) for ascending requests `rows`."""
+    data = encode_exposed(network, samples, rows, whole_city=True, shown=pages)
+    logit, _ = network.evaluation_evaluator(*(data[name] for name in PAGE_INPUTS))
+    return torch.sigmoid(logit).double().numpy() * data["mask"].numpy()
 
 
 INCUMBENT = "incumbent"

@@ -238,22 +238,25 @@ def pretrain_metrics(network: RankingModel, samples: Samples, rows: np.ndarray, 
     `score` is the mean of the AUC on all and of `auc_exposed_in_slot`, which adds the slot's term to q: judged by q alone, a
     model would gain by crediting its ads with the slots that they had.
     """
-    scores, labels, exposed, placed = [], [], [], []
-    for start in range(0, len(rows), batch):
-        b = samples.batch(rows[start : start + batch])
-        h, user = network.encode(b.inputs)
-        mask = b.inputs.ad_mask
-        logit = network.click_head(h, user)
-        scores.append(torch.sigmoid(logit)[mask].numpy())
-        placed.append(torch.sigmoid(in_slot(network, logit))[mask].numpy())
-        labels.append(b.click[mask].numpy())
-        exposed.append(b.exposed[mask].numpy())
-    q, y, shown = np.concatenate(scores), np.concatenate(labels), np.concatenate(exposed)
+    q, placed, y, shown, _ = sampled_scores(network, samples, rows, batch)
     result = {
-        "auc": auc(y, q), "auc_exposed": auc(y[shown], q[shown]), "auc_exposed_in_slot": auc(y[shown], np.concatenate(placed)[shown]),
+        "auc": auc(y, q), "auc_exposed": auc(y[shown], q[shown]), "auc_exposed_in_slot": auc(y[shown], placed[shown]),
         "dev": deviation(q[shown], y[shown]), "log_loss": log_loss(y[shown], q[shown]),
     }  # fmt: skip
     return {"score": (result["auc"] + result["auc_exposed_in_slot"]) / 2, **result}
+
+
+@torch.no_grad()
+def sampled_scores(network: RankingModel, samples: Samples, rows: np.ndarray, batch: int) -> tuple[np.ndarray, ...]:
+    """Of all sampled candidates of `rows`, end to end: q, q with the slot's term, click label, whether exposed, and the user."""
+    parts = []
+    for start in range(0, len(rows), batch):
+        b = samples.batch(rows[start : start + batch])
+        mask = b.inputs.ad_mask
+        logit = network.click_head(*network.encode(b.inputs))
+        user = np.broadcast_to(np.asarray(samples.user_id[b.requests])[:, None], mask.shape)
+        parts.append((torch.sigmoid(logit)[mask].numpy(), torch.sigmoid(in_slot(network, logit))[mask].numpy(), b.click[mask].numpy(), b.exposed[mask].numpy(), user[mask.numpy()]))
+    return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
 
 
 def pretrain(network: RankingModel, samples: Samples, config: PretrainConfig, folder: Path, device: Device, fingerprint: dict[str, Any]) -> StageResult:
@@ -435,19 +438,23 @@ def _stack(parts: list[np.ndarray], keep: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def encode_exposed(network: RankingModel, samples: Samples, rows: np.ndarray, whole_city: bool = False, batch: int = 128) -> dict[str, Tensor]:
+def encode_exposed(
+    network: RankingModel, samples: Samples, rows: np.ndarray, whole_city: bool = False, batch: int = 128, shown: np.ndarray | None = None
+) -> dict[str, Tensor]:
     """Frozen representations of the exposed pages of `rows`, in time order: h [R, K, D], codes [R, K, 2] and so on.
 
-    The pages are seen among their sampled candidates, as in pre-training, or among the whole city, as in serving.
+    The pages are seen among their sampled candidates, as in pre-training, or among the whole city, as in serving. `shown` [R, K] gives
+    other pages (rows of the ad table, -1 none) for ascending `rows`, whole city only; clicks are then those of the logged pages.
     """
     network.eval()
     slots = samples.slots
     rows = np.sort(rows)
+    pages = np.asarray(samples.candidate[rows, :slots]) if shown is None else shown
     Part = tuple[np.ndarray, Tensor, Tensor, Tensor, Tensor]
 
     def in_city(group: tuple[np.ndarray, City, Batch]) -> Part:
         requests, city, inputs = group
-        page = torch.from_numpy(np.stack([places_of(shown, city.rows) for shown in samples.candidate[requests, :slots]]))
+        page = torch.from_numpy(np.stack([places_of(ads, city.rows) for ads in pages[np.searchsorted(rows, requests)]]))
         h, user = network.encode(inputs, page.clamp(min=0))
         return requests, h, user, page >= 0, take(inputs.ad_fields[..., PAGE_COLUMNS].expand(len(page), -1, -1), page.clamp(min=0))
 

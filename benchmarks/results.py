@@ -1,0 +1,67 @@
+"""docs/results.md from results/*.json: what was measured, by which command, on what, beside the paper's figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+HEAD = """# Results
+
+Written by `ega results` from `results/*.json`; each table names the command that makes its file again. Figures of two runs of one
+command differ by chance (seeds of the market, threads of the machine); intervals say by how much.
+
+eCTR and eRPM are per request, as in the paper: click probabilities summed over the page, and revenue of 1,000 requests. *By the
+evaluator*: EGA-V1's evaluation evaluator judges the pages of all models. *True*: the market's own click probabilities, which no model
+sees. *% of gap closed*: welfare from MCA's pages towards the best pages there are. The market is ours, not Meituan's: levels cannot be
+compared with the paper's, orderings can.
+"""
+
+SECTIONS: dict[str, tuple[str, str]] = {
+    "table1": ("Table 1: MCA, FS-LTR, EGA-V1", "Paper: Recall@50 .289, .426, .513; AUC .741, .743, .754; eRPM 185.2, 194.9, 217.1; psi 9.4, 9.1, 2.3 %."),
+    "table1-nyc": ("Table 1 on real check-ins", "The same on `config/nyc.yaml`."),
+    "table2": ("Table 2: ablations", "Paper: eRPM 217.1; -gcf 214.8, -mif 212.5, -auf 208.0."),
+    "table3": ("Table 3: cross features and mid-fusion", "Dev is that of the set-aware pCTR on shown ads."),
+    "scaling": ("Figure 5: scaling", "Paper: rising, with diminishing returns."),
+    "flops": ("Appendix A.1: cost of a request", "Counted on the network; Eq. 30 to 32 beside. Eq. 31 leaves out the projections of queries, keys and values, which are most of MIF's cost."),
+    "sequential": ("SASRec and EGA-V1's encoder on published data", ""),
+    "next-poi": ("Next place on real check-ins", ""),
+    "serp": ("Clicks on real result pages", ""),
+    "latency": ("Latency of a whole city", ""),
+    "load": ("Open-loop load", ""),
+}
+"""Name of the file under results/: heading, and a line of context."""
+
+
+def write_results(folder: Path, out: Path) -> int:
+    """Write the page; returns the number of tables. Files that are not known by name come last."""
+    from cli.bench import markdown
+    from model.bundle import write_atomic
+
+    files = {path.stem: path for path in sorted(folder.glob("*.json"))}
+    if not files:
+        raise FileNotFoundError(f"no results in {folder}; make some first, e.g. `ega bench table1 --out {folder}/table1.json`")
+    parts = [HEAD]
+    for name in [*(name for name in SECTIONS if name in files), *(name for name in files if name not in SECTIONS)]:
+        result = json.loads(files[name].read_text())
+        heading, context = SECTIONS.get(name, (name, ""))
+        parts.append(f"## {heading}\n\n{command_of(result, files[name])}\n")
+        parts += [f"{context}\n"] if context else []
+        parts += [f"{markdown([_numbers(row) for row in result[key]])}\n" for key in ("table", "second_table") if result.get(key)]
+        plot = files[name].with_suffix(".svg")
+        parts += [f"![{heading}](../{folder.name}/{plot.name})\n"] if plot.is_file() else []
+    write_atomic(out, "\n".join(parts).encode())
+    return len(files)
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON's null is a figure that does not exist."""
+    return {key: float("nan") if value is None else value for key, value in row.items()}
+
+
+def command_of(result: dict[str, Any], path: Path) -> str:
+    """The command and what it ran on, in one line."""
+    seeds = f"; seeds {', '.join(map(str, result['seeds']))}" if result.get("seeds") else ""
+    spent = f"; {result['minutes']:.0f} minutes on {result['threads']} threads" if result.get("minutes") is not None else ""
+    commit = f"; commit {result['git_commit'][:7]}" if result.get("git_commit") else ""
+    return f"`{result.get('command') or 'ega bench ' + result['name']} --out results/{path.name}`{seeds}{spent}{commit}"
