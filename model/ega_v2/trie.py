@@ -87,11 +87,15 @@ class Trie:
         """[V] one past the last sorted position below the node."""
         self.code = torch.from_numpy(np.concatenate([*code, [0]]))
         """[V] last code of the node's prefix."""
+        parent = np.concatenate([[-1], *(node[at] for node, at in zip(above, first[1:], strict=False))])
+        self._width = max(self.sizes)
+        self._parent_and_code = torch.from_numpy(parent * self._width + np.concatenate(code))
+        """[V - 1] ascending, as nodes are numbered level by level and by code within a family; -width for the root."""
         self.ancestor = torch.from_numpy(np.stack(above, 1))
         """[N, C + 1] the node of every level above a sorted position."""
         families = (self.first_child[1:] - self.first_child[:-1])[: self.null]
-        self.fan_out = [int(families[a:b].max()) if b > a else 0 for a, b in zip(start, start[1:-1], strict=False)]
-        """M of levels 0..C-1."""
+        self.fan_out = [max(1, int(families[a:b].max())) if b > a else 1 for a, b in zip(start, start[1:-1], strict=False)]
+        """M of levels 0..C-1, at least 1."""
         leaves = slice(start[-2], start[-1])
         self.leaf_size = int((self.end[leaves] - self.first[leaves]).max()) if self.items else 0
         """Most items of a leaf."""
@@ -102,6 +106,12 @@ class Trie:
         real = index < self.first_child[node + 1].unsqueeze(-1)
         index = torch.where(real, index, self.null)
         return Children(index, self.code[index], real)
+
+    def child(self, node: Tensor, code: Tensor) -> Tensor:
+        """The child of each node [...] by its code [...]; null where there is none."""
+        key = node * self._width + code
+        found = torch.searchsorted(self._parent_and_code, key).clamp(max=self.null - 1)
+        return torch.where(self._parent_and_code[found] == key, found, self.null)
 
     def next_codes(self, node_B: Tensor, level: int, maxima_BV: Tensor) -> Tensor:
         """Which codes may follow, [B, ..., W] bool: those below which `maxima` is finite, that is an active item lies; node is [B, ...]."""
