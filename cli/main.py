@@ -158,7 +158,7 @@ def doctor() -> None:
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="cluster-attention, auction, sampling, generator, oracle; on a finished run: payments, bidders.")],
+    name: Annotated[str, typer.Argument(help="cluster-attention, auction, sampling, generator, oracle, v2-decode; on a finished run: payments, bidders.")],
     out: Annotated[Optional[Path], typer.Option(help="Also write the figures to this JSON file.")] = None,  # noqa: UP045
     run: Annotated[Optional[Path], typer.Option(help="Folder of a finished run, for payments and bidders.")] = None,  # noqa: UP045
     plot: Annotated[Optional[Path], typer.Option(help="Also draw the course of bidders into this SVG file.")] = None,  # noqa: UP045

@@ -197,6 +197,7 @@ class _Search:
         self.poi, self.creative = catalogue.poi, catalogue.creative
         self.batch, self.beams = len(offers.bid), config.beams
         self.request = torch.arange(self.batch).repeat_interleave(self.beams)
+        self.first_row = torch.arange(self.batch).unsqueeze(1) * self.beams
         self.bid = torch.where(self.poi.sort(offers.active), self.poi.sort(offers.bid).double(), -torch.inf)
         self.value = quantise(self.poi.sort(offers.value).double())
         self.maxima = self.poi.maxima(self.bid)
@@ -234,7 +235,7 @@ class _Search:
         previous = None
         for slot in range(int(self.length.max())):
             self.open = slot < self.length
-            self.filling = self.open[self.request]
+            self.filling, self.all_open = self.open[self.request], bool(self.open.all())
             self._poi(slot, previous)
             self._item(slot)
             self._creative(slot)
@@ -294,21 +295,21 @@ class _Search:
         ads. The last column is the next organic item's, where its code leads off the trie.
         """
         trie, node = self.poi, self._column("node")
-        found = trie.children(node.squeeze(1), layer)
+        found = trie.children(node.squeeze(1), layer, spare=1)
         log_weight = self._at(self.log_weight, found.node)
         first = trie.first_child[node]
         if above is not None and without is not None:
             below, best = above[..., layer] == node, without[..., layer]
             new = self._log_weight(best, *self._mean_without(above, above[..., layer + 1])) if self.config.bid_of_prefix == "mean" else self._log_weight(best)
-            log_weight = override(log_weight, above[..., layer + 1] - first, below, new)
+            override(log_weight, above[..., layer + 1] - first, below, new)
         organic = self._column("on_organic") > 0
         code = self._next_organic()[:, layer : layer + 1]
         child = trie.child(node, code)
-        shared = organic & (child < trie.null)
-        alone = torch.where(organic & ~shared, self.without_bid, -torch.inf)
-        column = child - first
-        log_weight = torch.cat([override(log_weight, column, shared, self._log_weight_with_organic(log_weight, column, shared, child, above)), alone], 1)
-        return torch.cat([found.code, code], 1), torch.cat([found.node, torch.full_like(code, trie.null)], 1), log_weight
+        shared, column = organic & (child < trie.null), child - first
+        override(log_weight, column, shared, self._log_weight_with_organic(log_weight, column, shared, child, above))
+        log_weight[:, -1:] = torch.where(organic & ~shared, self.without_bid, -torch.inf)
+        found.code[:, -1:] = code
+        return found.code, found.node, log_weight
 
     def _log_weight_with_organic(self, log_weight: Tensor, column: Tensor, shared: Tensor, child: Tensor, above: Tensor | None) -> Tensor:
         """log w [B * R, 1] of the child below which the next organic item lies among ads: one more item, which bids 0."""
@@ -350,6 +351,9 @@ class _Search:
         shown = self._column("shown").squeeze(1)
         self._column("position")[:, slot] = torch.where(ad, position, -1)
         self._column("organic")[:, slot] = torch.where(organic, shown, -1)
+        if self.offers.organic.shape[1]:
+            codes = self.offers.organic_creative[self.request, shown.clamp(max=self.offers.organic.shape[1] - 1)]
+            self._codes("creative_codes", slot).copy_(torch.where(organic.unsqueeze(1), codes, -1))
         shown += organic
 
     # -- creative -----------------------------------------------------------------------------------------------------
@@ -362,26 +366,16 @@ class _Search:
         node.copy_(torch.where(position >= 0, trie.level_start[1] + self.poi.order[position.clamp(min=0)], trie.null) if trie.items else torch.full_like(position, trie.null))
         for layer in range(trie.depth - 1):
             logits = self.decoder.creative_logits(self._codes("poi_codes", slot).view(self.batch, self.beams, -1), previous)
-            found = trie.children(self._column("node").squeeze(1), layer + 1)
-            organic, code = self._shown_organic(slot, layer)
-            log_weight = torch.where(torch.cat([found.real, organic], 1), 0.0, -torch.inf)
-            codes = torch.cat([found.code, code.clamp(min=0)], 1)
-            code, _ = self._advance(logits, codes, torch.cat([found.node, torch.full_like(organic, trie.null, dtype=torch.int64)], 1), log_weight, slot, self.slots)
-            organic, own = self._shown_organic(slot, layer)
-            none = (organic & (own < 0)).squeeze(1)
-            self._codes("creative_codes", slot)[:, layer] = torch.where(none | ~self.filling, -1, code.view(-1))
-            previous = torch.where(none.view(code.shape), trie.sizes[layer + 1], code)
+            found = trie.children(self._column("node").squeeze(1), layer + 1, spare=1)
+            found.real[:, -1] = self._column("organic")[:, slot] >= 0
+            found.code[:, -1] = self._codes("creative_codes", slot)[:, layer].clamp(min=0)
+            code, _ = self._advance(logits, found.code, found.node, torch.where(found.real, 0.0, -torch.inf), slot, self.slots)
+            own, organic = self._codes("creative_codes", slot)[:, layer], self._column("organic")[:, slot] >= 0
+            previous = torch.where(organic & (own < 0), trie.sizes[layer + 1], code.view(-1)).view(code.shape)
+            own.copy_(torch.where(organic | ~self.filling, own, code.view(-1)))
         if trie.items:
             node = self._column("node").squeeze(1)
             self._column("creative")[:, slot] = torch.where(node < trie.null, trie.first[node], -1)
-
-    def _shown_organic(self, slot: int, layer: int) -> tuple[Tensor, Tensor]:
-        """Whether the slot holds an organic item, and the code of its creative, [B * R, 1] each; -1: none."""
-        place, codes = self._column("organic")[:, slot : slot + 1], self.offers.organic_creative
-        organic = place >= 0
-        if codes.shape[1] == 0:
-            return organic, torch.full_like(place, -1)
-        return organic, torch.where(organic, codes[self.request.unsqueeze(1), place.clamp(min=0), layer], -1)
 
     # -- both ---------------------------------------------------------------------------------------------------------
 
@@ -394,7 +388,7 @@ class _Search:
         gained = torch.log_softmax(torch.gather(logits_BRW.flatten(0, 1), 1, code).double() + log_weight, -1).view(self.batch, self.beams, width)
         alive = torch.isfinite(self.score).unsqueeze(-1)  # a beam that does not exist has no legal code, and so no softmax
         total = torch.where(alive, self.score.unsqueeze(-1) + gained, -torch.inf)
-        if not bool(self.open.all()):
+        if not self.all_open:
             still = torch.where(torch.arange(width) == 0, self.score.unsqueeze(-1), -torch.inf)
             total = torch.where(self.open[:, None, None], total, still)
         if bool(total.isnan().any()):
@@ -403,12 +397,12 @@ class _Search:
         self.score = torch.gather(total.flatten(1), 1, place)
         parent = place // width
         self.decoder.keep(parent)
-        row = (parent + torch.arange(self.batch).unsqueeze(1) * self.beams).view(-1)
-        choice = (place + torch.arange(self.batch).unsqueeze(1) * self.beams * width).view(-1)
+        row = (parent + self.first_row).view(-1)
+        choice = (place + self.first_row * width).view(-1)
         self.ints, self.logs = self.ints[row], self.logs[row]
         self._column("node").copy_(node.view(-1)[choice].unsqueeze(1))
         gained = gained.view(-1)[choice]
-        self.logs[:, first_log + slot] += torch.where(self.filling & torch.isfinite(gained), gained, 0.0)
+        self.logs[:, first_log + slot] += gained if self.all_open else torch.where(self.filling, gained, 0.0)
         return code.view(-1)[choice].view(place.shape), row
 
 
