@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
 import time
@@ -12,14 +13,14 @@ from typing import Any
 import numpy as np
 
 
-def _seconds(function: Callable[[], Any], runs: int) -> float:
-    """Median wall time of `runs` calls, after one to warm up."""
+def _seconds(function: Callable[[], Any], runs: int, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Median time of `runs` calls by `clock` (default: wall time), after one to warm up."""
     function()
     times = []
     for _ in range(runs):
-        start = time.perf_counter()
+        start = clock()
         function()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return statistics.median(times)
 
 
@@ -105,10 +106,93 @@ def oracle(requests: int = 1_000, ads: int = 3_000, slots: int = 5) -> dict[str,
     }
 
 
+def v2_decode(ads: int = 3_000, creatives: int = 2, slots: int = 5, organics: int = 5, beams: int = 64, codes: int = 1024, behaviours: int = 256, runs: int = 31) -> dict[str, Any]:
+    """EGA (V2): history to ranked pages for one request, untrained weights of the default width; and its distance to the matrix-multiply floor.
+
+    The floor is the time of all matrix products of one decoding, those of attention included, each alone and repeated on warm memory.
+    """
+    import torch
+
+    from model.ega_v2.beam import Catalogue, Offers, SearchConfig, search
+    from model.ega_v2.network import EgaV2, History, NetworkConfig, TokenSizes
+
+    rng, layers = np.random.default_rng(0), 3
+    torch.manual_seed(0)
+
+    def tuples(*shape: int) -> Any:
+        return rng.integers(0, codes, (*shape, layers))
+
+    network = EgaV2(NetworkConfig(behaviours=behaviours, slots=max(slots, NetworkConfig().slots)), TokenSizes(layers, codes, layers, codes)).eval()
+    catalogue = Catalogue(tuples(ads), codes, np.repeat(np.arange(ads), creatives), tuples(ads * creatives), codes)
+    nothing = torch.zeros(1, behaviours, 0, dtype=torch.int64)
+    history = History(torch.from_numpy(tuples(1, behaviours)), torch.from_numpy(tuples(1, behaviours)), nothing, nothing[:, 0])
+    bid = torch.from_numpy(rng.lognormal(0, 0.5, (1, ads)))
+    offers = Offers(bid, torch.ones(1, ads, dtype=torch.bool), bid * 0.05, torch.from_numpy(tuples(1, organics)), torch.from_numpy(tuples(1, organics)))
+    config = SearchConfig(beams=beams)
+
+    def decode() -> None:
+        with torch.inference_mode():
+            search(network.decoder(history, beams, slots), catalogue, offers, slots, config)
+
+    with torch.inference_mode():
+        encoder = _seconds(lambda: network.encoder(history), runs)
+    whole = _seconds(decode, runs)
+    shapes = _matrix_products(decode)
+    products = [
+        (torch.randn(batch, rows, inner), torch.randn(batch, inner, columns), torch.empty(batch, rows, columns), count)
+        for (batch, rows, inner, columns), count in shapes.items()
+    ]
+
+    def multiply() -> None:
+        with torch.inference_mode():
+            for left, right, out, count in products:
+                for _ in range(count):
+                    torch.bmm(left, right, out=out)
+
+    floor = _seconds(multiply, runs)
+    work = sum(2 * math.prod(shape) * count for shape, count in shapes.items())
+    return {
+        "ads": ads, "creatives": ads * creatives, "slots": slots, "organic_items": organics, "beams": beams, "codes": codes, "behaviours": behaviours,
+        "threads": torch.get_num_threads(), "decode_ms": 1e3 * whole, "decode_cpu_ms": 1e3 * _seconds(decode, runs, time.process_time),
+        "encoder_ms": 1e3 * encoder, "matrix_products": sum(shapes.values()),
+        "gigaflops": work / 1e9, "floor_ms": 1e3 * floor, "ratio_to_floor": whole / floor,
+    }  # fmt: skip
+
+
+def _matrix_products(function: Callable[[], Any]) -> dict[tuple[int, int, int, int], int]:
+    """Shapes (batch, rows, inner, columns) of every matrix product that a call makes, and how often; an attention is two."""
+    from collections import Counter
+
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    shapes: Counter[tuple[int, int, int, int]] = Counter()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+            name = operation.overloadpacket.__name__
+            if name == "linear":
+                left, weight = arguments[:2]
+                shapes[(1, left.shape[:-1].numel(), left.shape[-1], len(weight))] += 1
+            elif name in ("mm", "addmm", "bmm", "matmul"):
+                left, right = arguments[-2:]
+                shapes[(left.shape[0] if name == "bmm" else 1, left.shape[:-1].numel() if name == "matmul" else left.shape[-2], left.shape[-1], right.shape[-1])] += 1
+            elif "scaled_dot_product" in name:
+                query, key = arguments[:2]
+                batch, (rows, width), keys = math.prod(query.shape[:-2]), query.shape[-2:], key.shape[-2]
+                shapes[(batch, rows, width, keys)] += 1
+                shapes[(batch, rows, keys, width)] += 1
+            return operation(*arguments, **(keywords or {}))
+
+    with Watch():
+        function()
+    return dict(shapes)
+
+
 BENCHMARKS: dict[str, Callable[[], dict[str, Any]]] = {
     "cluster-attention": cluster_attention,
     "auction": auction,
     "sampling": sampling,
     "generator": generator,
     "oracle": oracle,
+    "v2-decode": v2_decode,
 }

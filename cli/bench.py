@@ -43,7 +43,7 @@ def bench(name: str, out: Path | None = None, plot: Path | None = None, **option
         raise ValueError(f"benchmark {name} has no course to plot")
     for key, value in result.items():
         if key not in ("series", "axes", "command") and not isinstance(value, list | dict):
-            print(f"{key:<28}{value:.4g}" if isinstance(value, float) else f"{key:<28}{value}")
+            print(f"{key:<40}{value:.4g}" if isinstance(value, float) else f"{key:<40}{value}")
     for key in ("table", "second_table"):
         if key in result:
             print(("" if key == "table" else "\n") + markdown(result[key]))

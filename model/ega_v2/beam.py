@@ -12,6 +12,7 @@ Shape letters: B requests, R beams, K slots, N ads, O organic items, C codes of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -188,205 +189,221 @@ def top(scores_BX: Tensor, count: int) -> Tensor:
     return torch.gather(index, 1, order)
 
 
-def log_z(logit: Tensor, weight: Tensor, legal: Tensor) -> Tensor:
-    """log softmax(logit + log w) over the legal choices of the last dimension, float64; -inf elsewhere."""
-    shifted = torch.where(legal, logit.double() + torch.log(weight), -torch.inf)
-    return torch.where(legal, shifted - torch.logsumexp(shifted, -1, keepdim=True), -torch.inf)
-
-
-@dataclass
-class _Choices:
-    """Codes that may come next, for every beam; the last column is the organic item's where no ad shares its code."""
-
-    code: Tensor
-    """[B, R, M + 1]"""
-    node: Tensor
-    """[B, R, M + 1] where each leads to in the trie; null off it."""
-    legal: Tensor
-    """[B, R, M + 1]"""
-    bid: Tensor
-    """[B, R, M + 1] greatest or mean bid behind the code; 0 where nothing lies there but an organic item."""
-
-
 class _Search:
-    """State of all beams of some requests. Every tensor in `state` is [B, R, ...] and follows its beam."""
+    """State of all beams of some requests. A row of `ints` and `logs` is a beam, B * R of them; `_column` names the parts of `ints`."""
 
     def __init__(self, decoder: Decoder, catalogue: Catalogue, offers: Offers, slots: int, config: SearchConfig) -> None:
-        self.decoder, self.offers, self.config = decoder, offers, config
+        self.decoder, self.offers, self.config, self.slots = decoder, offers, config, slots
         self.poi, self.creative = catalogue.poi, catalogue.creative
-        self.batch, self.slots = len(offers.bid), slots
-        self.request = torch.arange(self.batch).unsqueeze(1)
+        self.batch, self.beams = len(offers.bid), config.beams
+        self.request = torch.arange(self.batch).repeat_interleave(self.beams)
+        self.first_row = torch.arange(self.batch).unsqueeze(1) * self.beams
         self.bid = torch.where(self.poi.sort(offers.active), self.poi.sort(offers.bid).double(), -torch.inf)
         self.value = quantise(self.poi.sort(offers.value).double())
         self.maxima = self.poi.maxima(self.bid)
+        """Greatest bid below every node."""
         if config.bid_of_prefix == "mean":
-            self.sums = self.poi.sums(torch.where(torch.isfinite(self.bid), self.bid, 0.0))
-            self.counts = self.poi.sums(torch.isfinite(self.bid).double())
+            real = torch.isfinite(self.bid)
+            self.sums, self.counts = self.poi.sums(torch.where(real, self.bid, 0.0)), self.poi.sums(real.double())
+            self.log_weight = self._log_weight(self.maxima, self.sums, self.counts)
+        else:
+            self.log_weight = self._log_weight(self.maxima)
+        """log w of every node; -inf where no ad may be shown."""
+        self.without_bid = torch.tensor(math.log(0.0**config.alpha + config.beta), dtype=torch.float64)
+        """log w of what bids 0."""
         self.organics = (offers.organic >= 0).all(-1).sum(1)
         self.length = torch.clamp(torch.isfinite(self.bid).sum(1) + self.organics, max=slots)
         """[B] slots that can be filled: every page fills as many, as nothing else limits it."""
-        codes, parts = self.poi.depth, self.creative.depth - 1
-
-        def filled(*shape: int) -> Tensor:
-            return torch.full((self.batch, config.beams, *shape), -1, dtype=torch.int64)
-
-        self.state: dict[str, Tensor] = {
-            "position": filled(slots), "organic": filled(slots), "creative": filled(slots), "poi_codes": filled(slots, codes),
-            "creative_codes": filled(slots, parts), "poi_log_z": torch.zeros(self.batch, config.beams, slots, dtype=torch.float64),
-            "creative_log_z": torch.zeros(self.batch, config.beams, slots, dtype=torch.float64), "shown": filled() + 1,
+        sizes = {
+            "position": slots, "organic": slots, "creative": slots, "poi_codes": slots * self.poi.depth, "creative_codes": slots * (self.creative.depth - 1),
+            "node": 1, "on_organic": 1, "shown": 1,
         }  # fmt: skip
-        self.score = torch.full((self.batch, config.beams), -torch.inf, dtype=torch.float64)
+        ends = np.cumsum(list(sizes.values())).tolist()
+        self._columns = {name: slice(end - size, end) for (name, size), end in zip(sizes.items(), ends, strict=True)}
+        self.ints = torch.full((self.batch * self.beams, ends[-1]), -1, dtype=torch.int64)
+        self._column("shown").zero_()
+        self.logs = torch.zeros(self.batch * self.beams, 2 * slots, dtype=torch.float64)
+        """log z of the POI of every slot, then of its creative."""
+        self.score = torch.full((self.batch, self.beams), -torch.inf, dtype=torch.float64)
         self.score[:, 0] = 0.0
+
+    def _column(self, name: str) -> Tensor:
+        """A part of `ints`, [B * R, size]; writing to it changes the beams."""
+        return self.ints[:, self._columns[name]]
 
     def run(self) -> Pages:
         previous = None
         for slot in range(int(self.length.max())):
-            open_ = slot < self.length
-            self._poi(slot, open_, previous)
-            self._item(slot, open_)
-            self._creative(slot, open_)
-            previous = self.state["poi_codes"][:, :, slot, -1].clamp(min=0)
-        state = self.state
-        real = torch.isfinite(self.score).unsqueeze(-1)
-        position, creative = state["position"], state["creative"]
-        ad = torch.where(position >= 0, self.poi.order[position.clamp(min=0)], -1) if self.poi.items else position
-        creative = torch.where(creative >= 0, self.creative.order[creative.clamp(min=0)], -1) if self.creative.items else creative
+            self.open = slot < self.length
+            self.filling, self.all_open = self.open[self.request], bool(self.open.all())
+            self._poi(slot, previous)
+            self._item(slot)
+            self._creative(slot)
+            previous = self._codes("poi_codes", slot)[:, -1].view(self.batch, self.beams).clamp(min=0)
+
+        def column(name: str, *shape: int) -> Tensor:
+            real = torch.isfinite(self.score).view(self.batch, self.beams, *[1] * (1 + len(shape)))
+            return torch.where(real, self._column(name).reshape(self.batch, self.beams, self.slots, *shape), -1)
+
+        def item(name: str, trie: Trie) -> Tensor:
+            position = column(name)
+            return torch.where(position >= 0, trie.order[position.clamp(min=0)], -1) if trie.items else position
+
+        logs = torch.where(torch.isfinite(self.score).unsqueeze(-1), self.logs.view(self.batch, self.beams, -1), 0.0)
         return Pages(
-            score=self.score, ad=torch.where(real, ad, -1), creative=torch.where(real, creative, -1), organic=torch.where(real, state["organic"], -1),
-            poi_codes=torch.where(real.unsqueeze(-1), state["poi_codes"], -1), creative_codes=torch.where(real.unsqueeze(-1), state["creative_codes"], -1),
-            poi_log_z=torch.where(real, state["poi_log_z"], 0.0), creative_log_z=torch.where(real, state["creative_log_z"], 0.0),
+            score=self.score, ad=item("position", self.poi), creative=item("creative", self.creative), organic=column("organic"),
+            poi_codes=column("poi_codes", self.poi.depth), creative_codes=column("creative_codes", self.creative.depth - 1),
+            poi_log_z=logs[..., : self.slots], creative_log_z=logs[..., self.slots :],
         )  # fmt: skip
 
-    def _poi(self, slot: int, open_: Tensor, previous: Tensor | None) -> None:
+    def _codes(self, name: str, slot: int) -> Tensor:
+        """Codes of a slot's POI or creative, [B * R, C] or [B * R, E]; writing to it changes the beams."""
+        return self._column(name).unflatten(1, (self.slots, -1))[:, slot]
+
+    def _at(self, values_BV: Tensor, index: Tensor) -> Tensor:
+        """Values [B, V] at places [B * R, ...] of the beams' own requests."""
+        return gather_nodes(values_BV, index.view(self.batch, -1)).view(index.shape)
+
+    # -- POI ----------------------------------------------------------------------------------------------------------
+
+    def _log_weight(self, greatest: Tensor, total: Tensor | None = None, count: Tensor | None = None) -> Tensor:
+        """log w of prefixes from the greatest bid below, or from sum and number of the bids; -inf where there is none (greatest -inf)."""
+        bid = greatest if total is None or count is None else total / count
+        return torch.where(torch.isfinite(greatest), torch.log(bid.clamp(min=0.0) ** self.config.alpha + self.config.beta), -torch.inf)
+
+    def _poi(self, slot: int, previous: Tensor | None) -> None:
         """The codes of the slot's POI."""
-        state, shown = self.state, self.state["shown"]
-        state["node"] = torch.zeros_like(shown)
-        state["on_organic"] = shown < self.organics.unsqueeze(1)
-        used = state["position"][:, :, :slot]
+        used, above, without = self._column("position")[:, :slot], None, None
+        self._column("node").zero_()
+        self._column("on_organic").copy_(self._column("shown") < self.organics[self.request].unsqueeze(1))
         if slot and self.poi.items:
-            state["above_used"] = torch.where((used >= 0).unsqueeze(-1), self.poi.ancestor[used.clamp(min=0)], self.poi.null)
-            state["without_used"] = self.poi.maxima_without(self.maxima, self.bid, used)
+            above = torch.where((used >= 0).unsqueeze(-1), self.poi.ancestor[used.clamp(min=0)], self.poi.null)
+            without = self.poi.maxima_without(self.maxima, self.bid, used.view(self.batch, self.beams, -1)).flatten(0, 1)
         for layer in range(self.poi.depth):
             logits = self.decoder.poi_logits(previous)
-            choices = self._poi_choices(layer)
-            weight = choices.bid**self.config.alpha + self.config.beta
-            previous = self._advance(logits, choices, weight, open_, "poi_log_z", slot)
-            state = self.state
-            state["poi_codes"][:, :, slot, layer] = torch.where(open_.unsqueeze(1), previous, -1)
-            state["on_organic"] = state["on_organic"] & (previous == self._next_organic()[..., layer])
+            previous, parent = self._advance(logits, *self._poi_choices(layer, above, without), slot)
+            if above is not None and without is not None and layer + 1 < self.poi.depth:
+                above, without = above[parent], without[parent]
+            code = previous.view(-1)
+            self._codes("poi_codes", slot)[:, layer] = torch.where(self.filling, code, -1)
+            self._column("on_organic").mul_((code == self._next_organic()[:, layer]).unsqueeze(1))
 
-    def _poi_choices(self, layer: int) -> _Choices:
-        """Children of each beam's prefix below which an ad is left, and the next organic item's code."""
-        state, trie = self.state, self.poi
-        found = trie.children(state["node"], layer)
-        best = gather_nodes(self.maxima, found.node)
-        count = total = None
+    def _poi_choices(self, layer: int, above: Tensor | None, without: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes that may come next, where they lead and their log w (-inf: not legal), [B * R, M + 1] each.
+
+        `above` [B * R, S, C + 1] are the nodes above ads already on the page, `without` [B * R, S, C] the greatest bids below these without those
+        ads. The last column is the next organic item's, where its code leads off the trie.
+        """
+        trie, node = self.poi, self._column("node")
+        found = trie.children(node.squeeze(1), layer, spare=1)
+        log_weight = self._at(self.log_weight, found.node)
+        first = trie.first_child[node]
+        if above is not None and without is not None:
+            below, best = above[..., layer] == node, without[..., layer]
+            new = self._log_weight(best, *self._mean_without(above, above[..., layer + 1])) if self.config.bid_of_prefix == "mean" else self._log_weight(best)
+            override(log_weight, above[..., layer + 1] - first, below, new)
+        organic = self._column("on_organic") > 0
+        code = self._next_organic()[:, layer : layer + 1]
+        child = trie.child(node, code)
+        shared, column = organic & (child < trie.null), child - first
+        override(log_weight, column, shared, self._log_weight_with_organic(log_weight, column, shared, child, above))
+        log_weight[:, -1:] = torch.where(organic & ~shared, self.without_bid, -torch.inf)
+        found.code[:, -1:] = code
+        return found.code, found.node, log_weight
+
+    def _log_weight_with_organic(self, log_weight: Tensor, column: Tensor, shared: Tensor, child: Tensor, above: Tensor | None) -> Tensor:
+        """log w [B * R, 1] of the child below which the next organic item lies among ads: one more item, which bids 0."""
         if self.config.bid_of_prefix == "mean":
-            total, count = gather_nodes(self.sums, found.node), gather_nodes(self.counts, found.node)
-        if "above_used" in state:
-            above = state["above_used"]
-            below = above[..., layer] == state["node"].unsqueeze(-1)
-            column = above[..., layer + 1] - trie.first_child[state["node"]].unsqueeze(-1)
-            best = override(best, column, below, state["without_used"][..., layer])
-            if count is not None and total is not None:
-                count, total = self._less_used(count, total, column, below)
-        code = self._next_organic()[..., layer].unsqueeze(-1)
-        organic = state["on_organic"].unsqueeze(-1)
-        shared = found.real & (found.code == code) & organic
-        alone = organic & ~shared.any(-1, keepdim=True)
-        legal = torch.cat([torch.isfinite(best) | shared, alone], -1)
-        if count is None or total is None:
-            bid = best.clamp(min=0.0)
-        else:
-            bid = total.clamp(min=0.0) / (count + shared).clamp(min=1.0)
-        return _Choices(
-            code=torch.cat([found.code, code], -1), node=torch.cat([found.node, torch.full_like(code, trie.null)], -1), legal=legal,
-            bid=torch.cat([bid, bid.new_zeros(code.shape)], -1),
-        )  # fmt: skip
+            total, count = self._mean_without(above, child)
+            return torch.log((total / (count + 1)).clamp(min=0.0) ** self.config.alpha + self.config.beta)
+        return torch.maximum(torch.gather(log_weight, 1, torch.where(shared, column, 0)), self.without_bid)
 
-    def _less_used(self, count: Tensor, total: Tensor, column: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
-        """Counts and sums of bids without the used ads; `column` is each used ad's child where `below`."""
-        width = count.shape[-1]
-        used = self.state["position"][:, :, : column.shape[-1]].clamp(min=0)
-        index = torch.where(below, column, width)
-        bids = gather_nodes(self.bid, used)
-        count = torch.cat([count, count[..., :1]], -1).scatter_add(-1, index, -torch.ones_like(bids))
-        total = torch.cat([total, total[..., :1]], -1).scatter_add(-1, index, -bids)
-        return count[..., :width], total[..., :width]
+    def _mean_without(self, above: Tensor | None, node: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum and number of the bids below nodes [B * R, X] without the ads on the page."""
+        total, count = self._at(self.sums, node), self._at(self.counts, node)
+        if above is not None:
+            position = self._column("position")[:, : above.shape[1]]
+            bid = torch.where(position >= 0, self._at(self.bid, position.clamp(min=0)), 0.0)
+            taken = (above.unsqueeze(1) == node[:, :, None, None]).any(-1) & (position >= 0).unsqueeze(1)
+            total, count = total - (taken * bid.unsqueeze(1)).sum(-1), count - taken.sum(-1)
+        return total, count
 
     def _next_organic(self) -> Tensor:
-        """POI codes of each beam's next organic item, [B, R, C]; of some other where none is left."""
-        shown, codes = self.state["shown"], self.offers.organic
+        """POI codes of each beam's next organic item, [B * R, C]; of some other where none is left."""
+        shown, codes = self._column("shown").squeeze(1), self.offers.organic
         if codes.shape[1] == 0:
-            return torch.zeros(*shown.shape, codes.shape[-1], dtype=torch.int64)
+            return shown.new_zeros(len(shown), codes.shape[-1])
         return codes[self.request, shown.clamp(max=codes.shape[1] - 1)].clamp(min=0)
 
-    def _advance(self, logits_BRW: Tensor, choices: _Choices, weight: Tensor, open_: Tensor, log_name: str, slot: int) -> Tensor:
-        """Keep the R best continuations of all beams; returns the code that each took, [B, R]. Requests whose pages are full stand still."""
-        if not bool(torch.isfinite(logits_BRW).all()):
-            raise SearchError("the decoder gave logits that are not finite; its weights or inputs are damaged")
-        gained = log_z(torch.gather(logits_BRW, -1, choices.code), weight, choices.legal)
-        total = self.score.unsqueeze(-1) + gained
-        width = total.shape[-1]
-        still = torch.where(torch.arange(width) == 0, self.score.unsqueeze(-1), -torch.inf)
-        total = torch.where(open_[:, None, None], total, still).flatten(1)
-        place = top(total, self.config.beams)
-        parent = place // width
-        self.score = torch.gather(total, 1, place)
-        gained = torch.gather(gained.flatten(1), 1, place)
-        code, node = (torch.gather(values.flatten(1), 1, place) for values in (choices.code, choices.node))
-        self.state = {name: values[self.request, parent] for name, values in self.state.items()}
-        self.state["node"] = node
-        self.state[log_name][:, :, slot] += torch.where(open_.unsqueeze(1) & torch.isfinite(gained), gained, 0.0)
-        self.decoder.keep(parent)
-        return code
-
-    def _item(self, slot: int, open_: Tensor) -> None:
+    def _item(self, slot: int) -> None:
         """Which item of the tuple: the ad of the greatest value, ties by key; the organic item where no ad is left or none is worth anything."""
-        state, trie, node = self.state, self.poi, self.state["node"]
+        trie, node = self.poi, self._column("node").squeeze(1)
         position, worth = torch.full_like(node, -1), torch.full(node.shape, -torch.inf, dtype=torch.float64)
         if trie.items:
             below, real = trie.items_below(node)
-            used = state["position"][:, :, :slot]
-            real = real & torch.isfinite(gather_nodes(self.bid, below)) & (below.unsqueeze(-1) != used.unsqueeze(2)).all(-1)
-            values = torch.where(real, gather_nodes(self.value, below), -torch.inf)
+            used = self._column("position")[:, :slot]
+            real = real & torch.isfinite(self._at(self.bid, below)) & (below.unsqueeze(-1) != used.unsqueeze(1)).all(-1)
+            values = torch.where(real, self._at(self.value, below), -torch.inf)
             at = values.argmax(-1, keepdim=True)  # the first of equal ones: the items of a leaf lie in the order of their keys
-            worth = torch.gather(values, -1, at).squeeze(-1)
-            position = torch.gather(below, -1, at).squeeze(-1)
-        organic = state["on_organic"] & ~(worth > 0) & open_.unsqueeze(1)
-        ad = torch.isfinite(worth) & ~organic & open_.unsqueeze(1)
-        state["position"][:, :, slot] = torch.where(ad, position, -1)
-        state["organic"][:, :, slot] = torch.where(organic, state["shown"], -1)
-        state["shown"] = state["shown"] + organic
+            worth, position = torch.gather(values, 1, at).squeeze(1), torch.gather(below, 1, at).squeeze(1)
+        organic = (self._column("on_organic").squeeze(1) > 0) & ~(worth > 0) & self.filling
+        ad = torch.isfinite(worth) & ~organic & self.filling
+        shown = self._column("shown").squeeze(1)
+        self._column("position")[:, slot] = torch.where(ad, position, -1)
+        self._column("organic")[:, slot] = torch.where(organic, shown, -1)
+        if self.offers.organic.shape[1]:
+            codes = self.offers.organic_creative[self.request, shown.clamp(max=self.offers.organic.shape[1] - 1)]
+            self._codes("creative_codes", slot).copy_(torch.where(organic.unsqueeze(1), codes, -1))
+        shown += organic
 
-    def _creative(self, slot: int, open_: Tensor) -> None:
+    # -- creative -----------------------------------------------------------------------------------------------------
+
+    def _creative(self, slot: int) -> None:
         """The codes of the creative and which creative it is; an organic item has one or none, so nothing is chosen there."""
-        state, trie = self.state, self.creative
-        position = state["position"][:, :, slot]
+        trie, node, previous = self.creative, self._column("node"), None
+        position = self._column("position")[:, slot : slot + 1]
         # Every ad has creatives, so the nodes of level 1 are the ads in order.
-        state["node"] = torch.where(position >= 0, trie.level_start[1] + self.poi.order[position.clamp(min=0)], trie.null) if trie.items else torch.full_like(position, trie.null)
-        previous = None
+        node.copy_(torch.where(position >= 0, trie.level_start[1] + self.poi.order[position.clamp(min=0)], trie.null) if trie.items else torch.full_like(position, trie.null))
         for layer in range(trie.depth - 1):
-            logits = self.decoder.creative_logits(state["poi_codes"][:, :, slot], previous)
-            found = trie.children(state["node"], layer + 1)
-            own = self._shown_organic(slot)[..., layer].unsqueeze(-1)
-            legal = torch.cat([found.real, (state["organic"][:, :, slot] >= 0).unsqueeze(-1)], -1)
-            node = torch.cat([found.node, torch.full_like(own, trie.null)], -1)
-            choices = _Choices(torch.cat([found.code, own.clamp(min=0)], -1), node, legal, torch.zeros_like(legal, dtype=torch.float64))
-            code = self._advance(logits, choices, torch.ones_like(choices.bid), open_, "creative_log_z", slot)
-            none = (state := self.state)["organic"][:, :, slot] >= 0
-            none = none & (self._shown_organic(slot)[..., layer] < 0)
-            state["creative_codes"][:, :, slot, layer] = torch.where(none | ~open_.unsqueeze(1), -1, code)
-            previous = torch.where(none, trie.sizes[layer + 1], code)
+            logits = self.decoder.creative_logits(self._codes("poi_codes", slot).view(self.batch, self.beams, -1), previous)
+            found = trie.children(self._column("node").squeeze(1), layer + 1, spare=1)
+            found.real[:, -1] = self._column("organic")[:, slot] >= 0
+            found.code[:, -1] = self._codes("creative_codes", slot)[:, layer].clamp(min=0)
+            code, _ = self._advance(logits, found.code, found.node, torch.where(found.real, 0.0, -torch.inf), slot, self.slots)
+            own, organic = self._codes("creative_codes", slot)[:, layer], self._column("organic")[:, slot] >= 0
+            previous = torch.where(organic & (own < 0), trie.sizes[layer + 1], code.view(-1)).view(code.shape)
+            own.copy_(torch.where(organic | ~self.filling, own, code.view(-1)))
         if trie.items:
-            state["creative"][:, :, slot] = torch.where(state["node"] < trie.null, trie.first[state["node"]], -1)
+            node = self._column("node").squeeze(1)
+            self._column("creative")[:, slot] = torch.where(node < trie.null, trie.first[node], -1)
 
-    def _shown_organic(self, slot: int) -> Tensor:
-        """Creative codes of the organic item in the slot, [B, R, E]; -1 where there is no item or it has no creative."""
-        place, codes = self.state["organic"][:, :, slot], self.offers.organic_creative
-        if codes.shape[1] == 0:
-            return torch.full((*place.shape, codes.shape[-1]), -1)
-        return torch.where((place >= 0).unsqueeze(-1), codes[self.request, place.clamp(min=0)], -1)
+    # -- both ---------------------------------------------------------------------------------------------------------
+
+    def _advance(self, logits_BRW: Tensor, code: Tensor, node: Tensor, log_weight: Tensor, slot: int, first_log: int = 0) -> tuple[Tensor, Tensor]:
+        """Keep the R best continuations of all beams: z = softmax(logit + log w) over each beam's legal codes.
+
+        Returns the code that each took, [B, R], and the row that each came from, [B * R]. Requests whose pages are full stand still.
+        """
+        width = code.shape[1]
+        gained = torch.log_softmax(torch.gather(logits_BRW.flatten(0, 1), 1, code).double() + log_weight, -1).view(self.batch, self.beams, width)
+        alive = torch.isfinite(self.score).unsqueeze(-1)  # a beam that does not exist has no legal code, and so no softmax
+        total = torch.where(alive, self.score.unsqueeze(-1) + gained, -torch.inf)
+        if not self.all_open:
+            still = torch.where(torch.arange(width) == 0, self.score.unsqueeze(-1), -torch.inf)
+            total = torch.where(self.open[:, None, None], total, still)
+        if bool(total.isnan().any()):
+            raise SearchError("the decoder gave logits that are not finite; its weights or inputs are damaged")
+        place = top(total.flatten(1), self.beams)
+        self.score = torch.gather(total.flatten(1), 1, place)
+        parent = place // width
+        self.decoder.keep(parent)
+        row = (parent + self.first_row).view(-1)
+        choice = (place + self.first_row * width).view(-1)
+        self.ints, self.logs = self.ints[row], self.logs[row]
+        self._column("node").copy_(node.view(-1)[choice].unsqueeze(1))
+        gained = gained.view(-1)[choice]
+        self.logs[:, first_log + slot] += gained if self.all_open else torch.where(self.filling, gained, 0.0)
+        return code.view(-1)[choice].view(place.shape), row
 
 
 def best_page(pages: Pages, value_BR: Tensor) -> Tensor:

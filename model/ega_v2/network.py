@@ -107,74 +107,96 @@ class Memory:
     mask: Tensor
     """[B, 1 + L]"""
 
+    @property
+    def bias(self) -> Tensor:
+        """[B, 1 + L] what attention adds to its logits: 0, or -inf where there is no token."""
+        return torch.where(self.mask, self.token.new_zeros(()), -torch.inf)
 
-class Attention(nn.Module):
-    """Multi-head softmax attention with a bias-free projection of queries, keys and values."""
+
+def split_heads(x_BTD: Tensor, heads: int) -> Tensor:
+    """[B, T, D] to [B, H, T, D / H]."""
+    return x_BTD.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head softmax attention of a sequence to itself."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.query = nn.Linear(width, width, bias=False)
-        self.key_value = nn.Linear(width, 2 * width, bias=False)
+        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+
+    def forward(self, x_BTD: Tensor, mask_BT: Tensor | None = None, causal: bool = False) -> Tensor:
+        """[B, T, D]; tokens read those where the mask is true, or with `causal` those before and themselves."""
+        query, key, value = (split_heads(part, self.heads) for part in self.qkv(x_BTD).chunk(3, -1))
+        mask = None if mask_BT is None else mask_BT[:, None, None, :]
+        return self.out(F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal).transpose(1, 2).flatten(2))
+
+    def step(self, x_XD: Tensor, past_TXE: Tensor, at: int) -> Tensor:
+        """The token at place `at` of X sequences, [X, D]; `past_TXE` [T, X, 2 D] holds keys and values and gains this token's."""
+        rows, width = x_XD.shape
+        query, new = self.qkv(x_XD).split((width, 2 * width), -1)
+        past_TXE[at] = new
+        key, value = past_TXE[: at + 1].view(at + 1, rows, 2, self.heads, -1).permute(2, 1, 3, 0, 4)
+        return self.out(F.scaled_dot_product_attention(query.view(rows, self.heads, 1, -1), key, value).view(rows, width))
+
+
+class MemoryAttention(nn.Module):
+    """Multi-head softmax attention of a sequence to the encoder's memory."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key_value = nn.Linear(width, width, bias=False), nn.Linear(width, 2 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
-    def split(self, x_BTD: Tensor) -> Tensor:
-        """[B, T, D] to [B, H, T, D / H]."""
-        return x_BTD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+    def keys(self, memory: Memory) -> tuple[Tensor, Tensor]:
+        """Keys and values, [B, H, L, D / H] each: computed once for all steps."""
+        key, value = (split_heads(part, self.heads) for part in self.key_value(memory.token).chunk(2, -1))
+        return key, value
 
-    def keys(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values, [B, H, T, D / H] each."""
-        key, value = self.key_value(x_BTD).chunk(2, -1)
-        return self.split(key), self.split(value)
-
-    def attend(self, x_BTD: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        """What the tokens get from keys and values; `mask` is true where a key may be read."""
-        heads = F.scaled_dot_product_attention(self.split(self.query(x_BTD)), key, value, attn_mask=mask, is_causal=causal)
+    def forward(self, x_BTD: Tensor, keys: tuple[Tensor, Tensor], bias_BL: Tensor) -> Tensor:
+        """[B, T, D]; `bias_BL` is `Memory.bias`."""
+        heads = F.scaled_dot_product_attention(split_heads(self.query(x_BTD), self.heads), *keys, bias_BL[:, None, None, :])
         return self.out(heads.transpose(1, 2).flatten(2))
 
 
 class EncoderBlock(nn.Module):
-    """Self-attention in both directions and a feed-forward layer, pre-RMSNorm with residuals."""
+    """Self-attention in both directions and a feed-forward layer, pre-LN with residuals."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
-        self.norm_attention, self.norm_forward = nn.RMSNorm(config.width), nn.RMSNorm(config.width)
-        self.attention = Attention(config.width, config.heads)
+        self.norm_attention, self.norm_forward = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
+        self.attention = SelfAttention(config.width, config.heads)
         self.forward_layer = FeedForward(config.width, config.feed_forward)
 
     def forward(self, x_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-        x = self.norm_attention(x_BTD)
-        x_BTD = x_BTD + self.attention.attend(x, *self.attention.keys(x), mask_BT[:, None, None, :])
+        x_BTD = x_BTD + self.attention(self.norm_attention(x_BTD), mask_BT)
         return x_BTD + self.forward_layer(self.norm_forward(x_BTD))
 
 
 class DecoderBlock(nn.Module):
-    """Causal self-attention, attention to the memory, feed-forward; pre-RMSNorm with residuals."""
+    """Causal self-attention, attention to the memory, feed-forward; pre-LN with residuals."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
-        self.norm_self, self.norm_cross, self.norm_forward = (nn.RMSNorm(config.width) for _ in range(3))
-        self.self_attention, self.cross_attention = Attention(config.width, config.heads), Attention(config.width, config.heads)
+        self.norm_self, self.norm_memory, self.norm_forward = (nn.LayerNorm(config.width) for _ in range(3))
+        self.self_attention, self.memory_attention = SelfAttention(config.width, config.heads), MemoryAttention(config.width, config.heads)
         self.forward_layer = FeedForward(config.width, config.feed_forward)
 
     def forward(self, x_BTD: Tensor, memory: Memory) -> Tensor:
         """All tokens of a page at once."""
-        x = self.norm_self(x_BTD)
-        x_BTD = x_BTD + self.self_attention.attend(x, *self.self_attention.keys(x), causal=True)
-        return self._rest(x_BTD, self.cross_attention.keys(memory.token), memory.mask)
+        x_BTD = x_BTD + self.self_attention(self.norm_self(x_BTD), causal=True)
+        return self._rest(x_BTD, self.memory_attention.keys(memory), memory.bias)
 
-    def _rest(self, x_BTD: Tensor, cross: tuple[Tensor, Tensor], mask_BL: Tensor) -> Tensor:
-        x_BTD = x_BTD + self.cross_attention.attend(self.norm_cross(x_BTD), *cross, mask_BL[:, None, None, :])
+    def _rest(self, x_BTD: Tensor, keys: tuple[Tensor, Tensor], bias_BL: Tensor) -> Tensor:
+        x_BTD = x_BTD + self.memory_attention(self.norm_memory(x_BTD), keys, bias_BL)
         return x_BTD + self.forward_layer(self.norm_forward(x_BTD))
 
-    def step(self, x_BRD: Tensor, past: Tensor, at: int, cross: tuple[Tensor, Tensor], mask_BL: Tensor) -> Tensor:
-        """The token at place `at` of every beam, [B, R, D]; `past` [2, B, R, T, D] holds keys and values and gains this token's."""
-        x, width = self.norm_self(x_BRD), x_BRD.shape[-1]
-        attention = self.self_attention
-        past[:, :, :, at] = attention.key_value(x).unflatten(-1, (2, width)).movedim(-2, 0)
-        key, value = (attention.split(part[:, :, : at + 1].flatten(0, 1)) for part in past)
-        x_BRD = x_BRD + attention.attend(x.reshape(-1, 1, width), key, value).view(x.shape)
-        return self._rest(x_BRD, cross, mask_BL)  # the beams of a request are its query tokens
+    def step(self, x_BRD: Tensor, past_TXE: Tensor, at: int, keys: tuple[Tensor, Tensor], bias_BL: Tensor) -> Tensor:
+        """The token at place `at` of every beam, [B, R, D]; X = B * R. To the memory a request's beams are so many tokens."""
+        x_BRD = x_BRD + self.self_attention.step(self.norm_self(x_BRD).flatten(0, 1), past_TXE, at).view(x_BRD.shape)
+        return self._rest(x_BRD, keys, bias_BL)
 
 
 class CodeTables(nn.Module):
@@ -215,7 +237,7 @@ class Encoder(nn.Module):
         """By place counted from the newest behaviour."""
         nn.init.normal_(self.age.weight, std=width**-0.5)
         self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.encoder_blocks))
-        self.norm = nn.RMSNorm(width)
+        self.norm = nn.LayerNorm(width)
 
     def forward(self, history: History) -> Memory:
         """Memory of B requests: the newest L behaviours, always padded to L, so that a request's numbers do not depend on its company."""
@@ -262,12 +284,12 @@ class EgaV2(nn.Module):
         self.page_start = nn.Parameter(torch.randn(width) / math.sqrt(width))
         self.poi_place = nn.Parameter(torch.randn(config.slots * sizes.poi_layers, width) / math.sqrt(width))
         self.poi_blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.decoder_blocks))
-        self.poi_norm = nn.RMSNorm(width)
+        self.poi_norm = nn.LayerNorm(width)
         self.state_norm, self.next_norm = nn.RMSNorm(width), nn.RMSNorm(width)
         self.join = nn.Linear(2 * width, width, bias=False)
         self.creative_place = nn.Parameter(torch.randn(config.slots * sizes.creative_layers, width) / math.sqrt(width))
         self.creative_blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.creative_blocks))
-        self.creative_norm = nn.RMSNorm(width)
+        self.creative_norm = nn.LayerNorm(width)
         self.reward = RewardModel(config, sizes, prior_ctr)
         self.payment = PaymentNetwork(config)
 
@@ -337,52 +359,69 @@ class Decoding:
     def __init__(self, network: EgaV2, memory: Memory, beams: int, slots: int) -> None:
         if slots > network.config.slots:
             raise ValueError(f"a page of {slots} slots was asked of a network for {network.config.slots}")
-        self.network, self.memory, self.beams = network, memory, beams
-        batch, width = len(memory.token), network.config.width
-        self.cross = [[block.cross_attention.keys(memory.token) for block in blocks] for blocks in (network.poi_blocks, network.creative_blocks)]
-        lengths = (slots * network.sizes.poi_layers, slots * network.sizes.creative_layers)
-        self.past = [
-            memory.token.new_zeros(len(blocks), 2, batch, beams, length, width)
-            for blocks, length in zip((network.poi_blocks, network.creative_blocks), lengths, strict=True)
+        self.network, self.beams, self.batch, self.bias = network, beams, len(memory.token), memory.bias
+        self.parts = [
+            _Part(blocks, memory, beams, slots * layers)
+            for blocks, layers in ((network.poi_blocks, network.sizes.poi_layers), (network.creative_blocks, network.sizes.creative_layers))
         ]
-        self.length = [0, 0]
-        self.request = torch.arange(batch).unsqueeze(1)
-        self.state = memory.token.new_zeros(batch, beams, width)
+        self.state = memory.token.new_zeros(self.batch, beams, network.config.width)
         """h at the place from which the slot's first POI code was predicted."""
-
-    def _step(self, which: int, x_BRD: Tensor, blocks: nn.ModuleList) -> Tensor:
-        at = self.length[which]
-        for number, block in enumerate(blocks):
-            x_BRD = block.step(x_BRD, self.past[which][number], at, self.cross[which][number], self.memory.mask)
-        self.length[which] += 1
-        return x_BRD
+        self.row = torch.arange(self.batch).unsqueeze(1) * beams
 
     def poi_logits(self, previous_BR: Tensor | None) -> Tensor:
         """See `beam.Decoder`."""
-        network, at = self.network, self.length[0]
-        layers = network.sizes.poi_layers
+        network, part = self.network, self.parts[0]
+        slot, layer = divmod(part.length, network.sizes.poi_layers)
         if previous_BR is None:
-            x = network.page_start.expand(len(self.request), self.beams, -1)
+            x = network.page_start.expand(self.batch, self.beams, -1)
         else:
-            x = network.poi_codes.code((at - 1) % layers, previous_BR)
-        x = network.poi_norm(self._step(0, x + network.poi_place[at], network.poi_blocks))
-        if at % layers == 0:
+            x = network.poi_codes.code(layer - 1 if layer else network.sizes.poi_layers - 1, previous_BR)
+        x = network.poi_norm(part.step(x + network.poi_place[part.length], self.bias))
+        if layer == 0:
             self.state = x
-        return network.poi_codes.logits(at % layers, x)
+        return network.poi_codes.logits(layer, x)
 
     def creative_logits(self, poi_BRC: Tensor, previous_BR: Tensor | None) -> Tensor:
         """See `beam.Decoder`."""
-        network, at = self.network, self.length[1]
-        layer = at % network.sizes.creative_layers
+        network, part = self.network, self.parts[1]
+        layer = part.length % network.sizes.creative_layers
         x = network.creative_start(self.state, poi_BRC) if previous_BR is None else network.creative_codes.code(layer - 1, previous_BR)
-        x = network.creative_norm(self._step(1, x + network.creative_place[at], network.creative_blocks))
+        x = network.creative_norm(part.step(x + network.creative_place[part.length], self.bias))
         return network.creative_codes.logits(layer, x)
 
     def keep(self, parent_BR: Tensor) -> None:
         """See `beam.Decoder`."""
-        self.state = self.state[self.request, parent_BR]
-        for past, length in zip(self.past, self.length, strict=True):
-            past[..., :length, :] = past[:, :, self.request, parent_BR, :length]
+        row = (self.row + parent_BR).view(-1)
+        self.state = self.state.flatten(0, 1)[row].view(self.state.shape)
+        for part in self.parts:
+            part.keep(row)
+
+
+class _Part:
+    """Blocks of one decoder with keys and values of all its tokens so far, [blocks, T, B * R, 2 D]."""
+
+    def __init__(self, blocks: nn.ModuleList, memory: Memory, beams: int, length: int) -> None:
+        self.blocks, self.length = blocks, 0
+        self.keys = [block.memory_attention.keys(memory) for block in blocks]
+        shape = (len(blocks), length, len(memory.token) * beams, 2 * memory.token.shape[-1])
+        self.past, self.spare = memory.token.new_zeros(shape), memory.token.new_zeros(shape)
+        self.moved: Tensor | None = None
+
+    def keep(self, row: Tensor) -> None:
+        """Beams change places; what is stored follows when it is next read, as the other decoder may be at work meanwhile."""
+        if self.length:
+            self.moved = row if self.moved is None else self.moved[row]
+
+    def step(self, x_BRD: Tensor, bias_BL: Tensor) -> Tensor:
+        """The next token of every beam, [B, R, D]."""
+        if self.moved is not None:
+            for old, new in zip(self.past, self.spare, strict=True):
+                torch.index_select(old[: self.length], 1, self.moved, out=new[: self.length])
+            self.past, self.spare, self.moved = self.spare, self.past, None
+        for number, block in enumerate(self.blocks):
+            x_BRD = block.step(x_BRD, self.past[number], self.length, self.keys[number], bias_BL)
+        self.length += 1
+        return x_BRD
 
 
 @dataclass(frozen=True)
@@ -425,7 +464,7 @@ class RewardModel(nn.Module):
         self.slot = nn.Embedding(config.slots, width)
         self.organic = nn.Embedding(2, width)
         self.blocks = nn.ModuleList(PageBlock(config) for _ in range(config.reward_blocks))
-        self.norm = nn.RMSNorm(width)
+        self.norm = nn.LayerNorm(width)
         self.towers = nn.ModuleList(MLP(width, config.tower_hidden, 1, zero_last=True) for _ in range(3))
         for tower in self.towers:
             nn.init.constant_(tower.layers[-1].bias, math.log(prior_ctr / (1 - prior_ctr)))
@@ -450,16 +489,16 @@ class RewardModel(nn.Module):
 
 
 class PageBlock(nn.Module):
-    """Self-attention over the page, attention to the memory, feed-forward; pre-RMSNorm with residuals."""
+    """Attention to the memory, self-attention over the page, feed-forward; pre-LN with residuals."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.encoder = EncoderBlock(config)
-        self.norm_cross = nn.RMSNorm(config.width)
-        self.cross_attention = Attention(config.width, config.heads)
+        self.norm_memory = nn.LayerNorm(config.width)
+        self.memory_attention = MemoryAttention(config.width, config.heads)
 
     def forward(self, x_BKD: Tensor, mask_BK: Tensor, memory: Memory) -> Tensor:
-        x_BKD = x_BKD + self.cross_attention.attend(self.norm_cross(x_BKD), *self.cross_attention.keys(memory.token), memory.mask[:, None, None, :])
+        x_BKD = x_BKD + self.memory_attention(self.norm_memory(x_BKD), self.memory_attention.keys(memory), memory.bias)
         return self.encoder(x_BKD, mask_BK)
 
 

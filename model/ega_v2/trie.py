@@ -79,29 +79,40 @@ class Trie:
         self.null = start[-1]
         self.level_start = start
         """First node of levels 0..C, then null."""
-        self.first_child = torch.from_numpy(np.concatenate([*children, np.full(len(first[-1]) + 2, self.null)]))
-        """[V + 1] the children of node n are first_child[n] .. first_child[n + 1] - 1."""
+        bounds = torch.from_numpy(np.concatenate([*children, np.full(len(first[-1]) + 2, self.null)]))
+        self.first_child, self.end_child = bounds[:-1], bounds[1:]
+        """[V] the children of node n are first_child[n] .. end_child[n] - 1."""
         self.first = torch.from_numpy(np.concatenate([*first, [self.items]]))
         """[V] first sorted position below the node."""
         self.end = torch.from_numpy(np.concatenate([*(np.append(part[1:], self.items) for part in first), [self.items]]))
         """[V] one past the last sorted position below the node."""
         self.code = torch.from_numpy(np.concatenate([*code, [0]]))
         """[V] last code of the node's prefix."""
+        parent = np.concatenate([[-1], *(node[at] for node, at in zip(above, first[1:], strict=False))])
+        self._width = max(self.sizes)
+        self._parent_and_code = torch.from_numpy(parent * self._width + np.concatenate(code))
+        """[V - 1] ascending, as nodes are numbered level by level and by code within a family; -width for the root."""
         self.ancestor = torch.from_numpy(np.stack(above, 1))
         """[N, C + 1] the node of every level above a sorted position."""
-        families = (self.first_child[1:] - self.first_child[:-1])[: self.null]
-        self.fan_out = [int(families[a:b].max()) if b > a else 0 for a, b in zip(start, start[1:-1], strict=False)]
-        """M of levels 0..C-1."""
+        families = self.end_child - self.first_child
+        self.fan_out = [max(1, int(families[a:b].max())) if b > a else 1 for a, b in zip(start, start[1:-1], strict=False)]
+        """M of levels 0..C-1, at least 1."""
         leaves = slice(start[-2], start[-1])
         self.leaf_size = int((self.end[leaves] - self.first[leaves]).max()) if self.items else 0
         """Most items of a leaf."""
 
-    def children(self, node: Tensor, level: int) -> Children:
-        """Children of nodes [...], all of one level (or null)."""
-        index = self.first_child[node].unsqueeze(-1) + torch.arange(self.fan_out[level])
-        real = index < self.first_child[node + 1].unsqueeze(-1)
+    def children(self, node: Tensor, level: int, spare: int = 0) -> Children:
+        """Children of nodes [...], all of one level (or null); with `spare` more columns that hold none."""
+        index = self.first_child[node].unsqueeze(-1) + torch.arange(self.fan_out[level] + spare)
+        real = index < self.end_child[node].unsqueeze(-1)
         index = torch.where(real, index, self.null)
         return Children(index, self.code[index], real)
+
+    def child(self, node: Tensor, code: Tensor) -> Tensor:
+        """The child of each node [...] by its code [...]; null where there is none."""
+        key = node * self._width + code
+        found = torch.searchsorted(self._parent_and_code, key).clamp(max=self.null - 1)
+        return torch.where(self._parent_and_code[found] == key, found, self.null)
 
     def next_codes(self, node_B: Tensor, level: int, maxima_BV: Tensor) -> Tensor:
         """Which codes may follow, [B, ..., W] bool: those below which `maxima` is finite, that is an active item lies; node is [B, ...]."""
@@ -155,10 +166,11 @@ class Trie:
         values = torch.where(real, gather_nodes(sorted_BN, position), -torch.inf)
         corrected = [values.amax(-1)]
         for level in reversed(range(1, self.depth)):
-            node, width = above[..., level], self.fan_out[level]
-            values = gather_nodes(maxima_BV, self.children(node, level).node)
-            values = override(values, above[..., level + 1].unsqueeze(2) - self.first_child[node].unsqueeze(-1), node.unsqueeze(-1) == node.unsqueeze(2), corrected[-1].unsqueeze(2))
-            corrected.append(values[..., :width].amax(-1))
+            node = above[..., level]
+            values = gather_nodes(maxima_BV, self.children(node, level, spare=1).node)
+            column = above[..., level + 1].unsqueeze(2) - self.first_child[node].unsqueeze(-1)
+            override(values, column, node.unsqueeze(-1) == node.unsqueeze(2), corrected[-1].unsqueeze(2))
+            corrected.append(values[..., :-1].amax(-1))
         return torch.stack(corrected[::-1], -1)
 
 
@@ -167,8 +179,10 @@ def gather_nodes(values_BV: Tensor, index: Tensor) -> Tensor:
     return torch.gather(values_BV, 1, index.flatten(1)).view(index.shape)
 
 
-def override(values: Tensor, column: Tensor, valid: Tensor, new: Tensor) -> Tensor:
-    """`values` [..., M] with `new` [..., S] put into `column` [..., S] where `valid`. Columns met twice are given equal values."""
-    width = values.shape[-1]
-    index = torch.where(valid, column, width)
-    return torch.cat([values, values[..., :1]], -1).scatter(-1, index, new.expand(index.shape))[..., :width]
+def override(values: Tensor, column: Tensor, valid: Tensor, new: Tensor) -> None:
+    """Write `new` [..., S] into `column` [..., S] of `values` [..., M] where `valid`; the last column of `values` is spoilt.
+
+    Columns met twice are given equal values.
+    """
+    index = torch.where(valid, column, values.shape[-1] - 1)
+    values.scatter_(-1, index, new.expand(index.shape))

@@ -17,6 +17,7 @@ def test_benchmarks_report_finite_figures() -> None:
         speed.sampling(requests=50, ads=200, unexposed=10),
         speed.generator(impressions=5_000),
         speed.oracle(requests=5, ads=50),
+        speed.v2_decode(ads=40, slots=2, beams=4, codes=8, behaviours=5, runs=1),
     ]
     for result in results:
         assert all(math.isfinite(value) and value > 0 for value in result.values() if isinstance(value, float))
