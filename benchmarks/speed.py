@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.latency import latency
+
 
 def _seconds(function: Callable[[], Any], runs: int) -> float:
     """Median wall time of `runs` calls, after one to warm up."""
@@ -111,4 +113,5 @@ BENCHMARKS: dict[str, Callable[[], dict[str, Any]]] = {
     "sampling": sampling,
     "generator": generator,
     "oracle": oracle,
+    "latency": latency,
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 
-def bench(name: str, out: Path | None, run: Path | None = None, plot: Path | None = None, steps: int | None = None) -> int:
+def bench(name: str, out: Path | None, run: Path | None = None, plot: Path | None = None, steps: int | None = None, device: str | None = None) -> int:
     """Run a benchmark by name; some need the folder of a finished run."""
     from benchmarks.auctions import ON_RUN
     from benchmarks.speed import BENCHMARKS
@@ -18,19 +18,21 @@ def bench(name: str, out: Path | None, run: Path | None = None, plot: Path | Non
 
     if steps is not None and name != "payments":
         raise ValueError(f"benchmark {name} takes no --steps; only payments trains anything")
+    if device is not None and name != "latency":
+        raise ValueError(f"benchmark {name} takes no --device; only latency runs a model")
     if name in ON_RUN:
         if run is None:
             raise ValueError(f"benchmark {name} measures a finished run: add --run RUN, e.g. the folder that `ega run config/quickstart.yaml` wrote")
         result = ON_RUN[name](run) if steps is None else ON_RUN[name](run, steps=steps)
     elif name in BENCHMARKS:
-        result = BENCHMARKS[name]()
+        result = BENCHMARKS[name]() if device is None else BENCHMARKS[name](device=device)
     else:
         raise ValueError(f"no benchmark {name!r}; there are {', '.join([*BENCHMARKS, *ON_RUN])}")
     if plot is not None and "series" not in result:
         raise ValueError(f"benchmark {name} has no course to plot")
     for key, value in result.items():
         if key not in ("table", "series", "axes"):
-            print(f"{key:<28}{value:.4g}" if isinstance(value, float) else f"{key:<28}{value}")
+            print(f"{key:<40}{value:.4g}" if isinstance(value, float) else f"{key:<40}{value}")
     if "table" in result:
         print(markdown(result["table"]))
     if out is not None:

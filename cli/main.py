@@ -158,16 +158,17 @@ def doctor() -> None:
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="cluster-attention, auction, sampling, generator, oracle; on a finished run: payments, bidders.")],
+    name: Annotated[str, typer.Argument(help="latency, cluster-attention, auction, sampling, generator, oracle; on a finished run: payments, bidders.")],
     out: Annotated[Optional[Path], typer.Option(help="Also write the figures to this JSON file.")] = None,  # noqa: UP045
     run: Annotated[Optional[Path], typer.Option(help="Folder of a finished run, for payments and bidders.")] = None,  # noqa: UP045
     plot: Annotated[Optional[Path], typer.Option(help="Also draw the course of bidders into this SVG file.")] = None,  # noqa: UP045
     steps: Annotated[Optional[int], typer.Option(min=1, help="Optimiser steps of every payment network in payments (default: the run's).")] = None,  # noqa: UP045
+    device: Annotated[Optional[str], typer.Option(help="cpu or cuda, for latency (default: cpu).")] = None,  # noqa: UP045
 ) -> None:
     """Measure speed (medians and ratios within one run), or what pricing rules do to honesty and revenue."""
     from cli.bench import bench as command
 
-    raise typer.Exit(_guarded(lambda: command(name, out, run, plot, steps)))
+    raise typer.Exit(_guarded(lambda: command(name, out, run, plot, steps, device)))
 
 
 def _guarded(command: object) -> int:
