@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.latency import latency
+
 
 def _seconds(function: Callable[[], Any], runs: int, clock: Callable[[], float] = time.perf_counter) -> float:
     """Median time of `runs` calls by `clock` (default: wall time), after one to warm up."""
@@ -194,5 +196,9 @@ BENCHMARKS: dict[str, Callable[[], dict[str, Any]]] = {
     "sampling": sampling,
     "generator": generator,
     "oracle": oracle,
+<<<<<<< HEAD
     "v2-decode": v2_decode,
+=======
+    "latency": latency,
+>>>>>>> 84426ae7586f4f7ebf0c7c2056183997308fd14c
 }

@@ -90,6 +90,23 @@ class Encoded:
     """The same for the ads at rows [M] in float32, from the clusters of this request; None where that would change nothing."""
 
 
+class _Scratch(threading.local):
+    """Buffers of a thread, one a purpose, that every chunk writes anew: fresh memory would cost a page fault every 4 KiB."""
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[str, int, torch.dtype, torch.device], Tensor] = {}
+
+    def __call__(self, purpose: str, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """[rows, width], valid until the same purpose is asked for again in this thread."""
+        key = (purpose, width, dtype, device)
+        if key not in self.kept or len(self.kept[key]) < rows:
+            self.kept[key] = torch.empty(rows, width, dtype=dtype, device=device)
+        return self.kept[key][:rows]
+
+
+_scratch = _Scratch()
+
+
 class _Product:
     """x W^T + b in the engine's dtype."""
 
@@ -101,8 +118,8 @@ class _Product:
     def of(cls, layer: nn.Linear, dtype: torch.dtype) -> _Product:
         return cls(layer.weight, layer.bias, dtype)
 
-    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        return torch.addmm(self.bias, x, self.weight, out=out)
+    def __call__(self, x: Tensor, purpose: str) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight, out=_scratch(purpose, len(x), len(self.bias), x.dtype, x.device))
 
 
 class _Gate:
@@ -115,7 +132,9 @@ class _Gate:
         self.rest = 1.0 - self.alpha
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.addcmul(self.alpha, torch.addcmul(self.shift, x, self.scale).sigmoid_(), self.rest)
+        gate = _scratch("gate", len(x), x.shape[1], torch.float32, x.device)
+        torch.addcmul(self.shift, x, self.scale, out=gate).sigmoid_()
+        return torch.addcmul(self.alpha, gate, self.rest, out=gate)
 
 
 class _Norm:
@@ -125,7 +144,7 @@ class _Norm:
         self.weight, self.bias, self.epsilon, self.dtype = norm.weight.detach(), norm.bias.detach(), norm.eps, dtype
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.epsilon).to(self.dtype)
+        return F.layer_norm(x, x.shape[1:], self.weight, self.bias, self.epsilon).to(self.dtype)
 
 
 def _prototypes(prototypes_CD: Tensor, dtype: torch.dtype) -> Tensor:
@@ -136,7 +155,7 @@ def _prototypes(prototypes_CD: Tensor, dtype: torch.dtype) -> Tensor:
 class _Gather:
     """S^T V over all ads for C prototypes, S = softmax over the ads of y P^T / sqrt(D), in one sweep.
 
-    exp needs a shift only against overflow, so the largest logits of the first chunk serve for all: sums are then at least 1, and an ad
+    exp needs a shift only against overflow, so the largest logits of the first ads serve for all: sums are then at least 1, and an ad
     whose logit exceeds that by more than 88 makes them infinite, which the caller sees in its outputs.
     """
 
@@ -148,11 +167,11 @@ class _Gather:
         """A chunk: y [n, D] is what the prototypes see, values [n, V] what is averaged."""
         if self.shift is None:
             weight = y @ self.prototypes
-            self.shift = -weight.amax(0)
+            self.shift = -weight[:256].amax(0)
             weight.add_(self.shift).exp_()
             self.sum, self.total = (weight.T @ values).float(), weight.sum(0, dtype=torch.float32)
             return
-        weight = torch.addmm(self.shift, y, self.prototypes).exp_()
+        weight = torch.addmm(self.shift, y, self.prototypes, out=_scratch("weight", len(y), len(self.shift), y.dtype, y.device)).exp_()
         if weight.dtype == torch.float32:
             self.sum.addmm_(weight.T, values)
         else:
@@ -192,7 +211,7 @@ class _Attention:
         """out = x + Dice(f(attention)); all [n, D]."""
         split = query.view(1, len(query), self.heads, -1).transpose(1, 2)
         heads = F.scaled_dot_product_attention(split, keys[0], keys[1], attn_mask=keys[2])
-        change = self.out(heads.transpose(1, 2).reshape(query.shape)).float()
+        change = self.out(heads.transpose(1, 2).reshape(query.shape), "change").float()
         torch.addcmul(x, change, self.gate(change), out=out)
 
 
@@ -203,11 +222,11 @@ class _FeedForward:
         self.norm, self.up, self.down = _Norm(norm, dtype), _Product.of(layer.up, dtype), _Product.of(layer.down, dtype)
 
     def add(self, x: Tensor) -> None:
-        hidden = self.up(self.norm(x)).relu_()
+        hidden = self.up(self.norm(x), "hidden").relu_()
         if hidden.dtype == torch.float32:
             x.add_(self.down.bias).addmm_(hidden, self.down.weight)
         else:
-            x += self.down(hidden)
+            x += self.down(hidden, "change")
 
 
 class _Block:
@@ -228,8 +247,8 @@ class _Block:
         """Add a chunk to the clusters that `finish` attends to."""
         y = values = self.norm(x)
         if self.project is not None and self.project_gate is not None:
-            values = self.project(y)
-            values = values * self.project_gate(values).to(self.dtype)
+            values = self.project(y, "values")
+            values *= self.project_gate(values)
         clusters.add(y, values)
 
     def keys(self, clusters: _Gather) -> Keys:
@@ -240,9 +259,9 @@ class _Block:
 
     def finish(self, x: Tensor, keys: Keys) -> None:
         """The block on a chunk, in place."""
-        query = self.query(self.norm(x))
+        query = self.query(self.norm(x), "query")
         if self.query_gate is not None:
-            query = query * self.query_gate(query).to(self.dtype)
+            query *= self.query_gate(query)
         self.attention.add(x, query, keys, out=x)
         self.forward_layer.add(x)
 
@@ -293,7 +312,7 @@ class _Fusion:
         if context is not None:
             context.add(y, y)
         if keys is not None and self.query is not None and self.attention is not None:
-            self.attention.add(x, self.query(y), keys, out=x)
+            self.attention.add(x, self.query(y, "query"), keys, out=x)
 
     def context_keys(self, clusters: _Gather | None) -> Clusters | None:
         """What behaviours attend to: clusters of the ads before this fusion."""
@@ -408,7 +427,7 @@ class WholeCity:
                     return
                 y = fusion.norm(x[rows])
                 if query is not None and fusion.query is not None:
-                    query[rows] = fusion.query(y)
+                    query[rows] = fusion.query(y, "query")
                 if gather is not None:
                     gather.add(y, y)
 
@@ -487,7 +506,7 @@ class WholeCity:
                 self._exact_fusions[number].add(x, seen, None)
         h = self._norm(x)
         if crossed is not None and self.network.cross is not None:
-            h = h + self.network.cross(crossed[rows])
+            h += self.network.cross(crossed[rows])
         return Encoded(h.unsqueeze(0), user, self.network.click_head(h.unsqueeze(0), user), *self._scores(h, projected))
 
     def _first_fusion(self, city: CityCache, rows: slice, x: Tensor, keys: Keys | None) -> None:
@@ -505,10 +524,10 @@ class WholeCity:
             h += self.network.cross(crossed)
         x.copy_(h)
         y = h.to(self.dtype)
-        hidden = torch.addmm(person, y, self._item.weight).relu_()
-        for layer in self._rest[:-1]:
-            hidden = layer(hidden).relu_()
-        click.copy_(self._rest[-1](hidden).squeeze(1))
+        hidden = torch.addmm(person, y, self._item.weight, out=_scratch("head", len(y), len(person), y.dtype, y.device)).relu_()
+        for number, layer in enumerate(self._rest[:-1]):
+            hidden = layer(hidden, f"head {number}").relu_()
+        click.copy_(self._rest[-1](hidden, "click").squeeze(1))
         slots.add(y, y)
 
     def _projected_slots(self, user: Tensor, slots: _Gather) -> Tensor:
