@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 
-def bench(name: str, out: Path | None, run: Path | None = None, plot: Path | None = None, steps: int | None = None) -> int:
+def bench(name: str, out: Path | None, run: Path | None = None, plot: Path | None = None, steps: int | None = None, seconds: float | None = None) -> int:
     """Run a benchmark by name; some need the folder of a finished run."""
     from benchmarks.auctions import ON_RUN
+    from benchmarks.load import load
     from benchmarks.speed import BENCHMARKS
     from model.bundle import write_atomic
     from model.evaluation.evaluate import finite_only
@@ -18,14 +19,18 @@ def bench(name: str, out: Path | None, run: Path | None = None, plot: Path | Non
 
     if steps is not None and name != "payments":
         raise ValueError(f"benchmark {name} takes no --steps; only payments trains anything")
-    if name in ON_RUN:
+    if seconds is not None and name != "load":
+        raise ValueError(f"benchmark {name} takes no --seconds; only load does")
+    if name == "load":
+        result = load(_home_of(run), seconds or 60.0, say=print)
+    elif name in ON_RUN:
         if run is None:
             raise ValueError(f"benchmark {name} measures a finished run: add --run RUN, e.g. the folder that `ega run config/quickstart.yaml` wrote")
         result = ON_RUN[name](run) if steps is None else ON_RUN[name](run, steps=steps)
     elif name in BENCHMARKS:
         result = BENCHMARKS[name]()
     else:
-        raise ValueError(f"no benchmark {name!r}; there are {', '.join([*BENCHMARKS, *ON_RUN])}")
+        raise ValueError(f"no benchmark {name!r}; there are {', '.join([*BENCHMARKS, *ON_RUN, 'load'])}")
     if plot is not None and "series" not in result:
         raise ValueError(f"benchmark {name} has no course to plot")
     for key, value in result.items():
@@ -38,6 +43,16 @@ def bench(name: str, out: Path | None, run: Path | None = None, plot: Path | Non
     if plot is not None:
         write_atomic(plot, lines_svg(result["series"], *result["axes"]).encode())
     return 0
+
+
+def _home_of(run: Path | None) -> Path:
+    """The home of a finished run's configuration: where its approved model and features are."""
+    from cli.run import ega_home
+    from pipelines.config import load_run_config
+
+    if run is None or not (run / "config.yaml").is_file():
+        raise ValueError("benchmark load drives the service of a finished, approved run: add --run RUN, the folder that `ega run` wrote")
+    return ega_home() / load_run_config(run / "config.yaml").name
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
