@@ -190,15 +190,12 @@ def _matrix_products(function: Callable[[], Any]) -> dict[tuple[int, int, int, i
     return dict(shapes)
 
 
-BENCHMARKS: dict[str, Callable[[], dict[str, Any]]] = {
+BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "cluster-attention": cluster_attention,
     "auction": auction,
     "sampling": sampling,
     "generator": generator,
     "oracle": oracle,
-<<<<<<< HEAD
     "v2-decode": v2_decode,
-=======
     "latency": latency,
->>>>>>> 84426ae7586f4f7ebf0c7c2056183997308fd14c
 }

@@ -98,7 +98,8 @@ def execute(
             raise AbError(f"{folder} is missing: `ega ab` needs the {what} of a run that simulated its logs; run `ega run CONFIG` first")
     plan = monitoring.plan
     arms = (Arm(plan.control, "bootstrap", 1 - plan.treatment_share), Arm(plan.treatment, driver.treatment_policy, plan.treatment_share))
-    settings = replace(serving or ServingConfig(home=home), home=home, arms=arms, salt=driver.salt)
+    # Features stay those of the reference period: the users' visits of these days are not pushed either, and a repeated experiment starts alike.
+    settings = replace(serving or ServingConfig(home=home), home=home, arms=arms, salt=driver.salt, push_events=False)
     if out.exists():
         shutil.rmtree(out)
     world = World.load(run / "world")

@@ -10,6 +10,17 @@ from pathlib import Path
 from typing import Any
 
 
+def _load(run: Path, seconds: float = 60.0) -> dict[str, Any]:
+    """`benchmarks.load` on the service of a finished, approved run."""
+    from benchmarks.load import load
+    from cli.run import ega_home
+    from pipelines.config import load_run_config
+
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"benchmark load drives the service of a finished, approved run; {run} holds none")
+    return load(ega_home() / load_run_config(run / "config.yaml").name, seconds, say=print)
+
+
 def benchmarks() -> dict[str, Callable[..., dict[str, Any]]]:
     """Every benchmark by name. Its parameters are the options that it takes."""
     from benchmarks.auctions import ON_RUN
@@ -17,7 +28,7 @@ def benchmarks() -> dict[str, Callable[..., dict[str, Any]]]:
     from benchmarks.speed import BENCHMARKS
     from benchmarks.tables import TABLES
 
-    return {**BENCHMARKS, **ON_RUN, **TABLES, "flops": flops}
+    return {**BENCHMARKS, **ON_RUN, **TABLES, "flops": flops, "load": _load}
 
 
 def bench(name: str, out: Path | None = None, plot: Path | None = None, **options: Any) -> int:

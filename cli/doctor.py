@@ -200,13 +200,13 @@ def feature_store(home: Path) -> Iterator[Finding]:
 def models(home: Path) -> Iterator[Finding]:
     """The model that would be served: approved, signed, unaltered."""
     from model.bundle import BundleError, signing_key
-    from serving.store import ApprovalError, find_newest_approved
+    from serving.store import ApprovalError, find_live_model
 
     if not (home / "bentoml" / "models").is_dir():
         yield Finding("note", f"{home.name}: no approved model", f"ega run with the configuration {home.name}, until its gates approve one")
         return
     try:
-        newest = find_newest_approved(home, signing_key(home.parent))
+        newest = find_live_model(home, signing_key(home.parent))
     except (BundleError, ApprovalError, ValueError, OSError) as error:
         yield Finding("broken", f"{home.name}: {first_line(error)}", f"nothing unverified is served; approve a model again: ega run with the configuration {home.name}")
         return

@@ -93,12 +93,54 @@ def serve(
     config: Config,
     host: Annotated[str, typer.Option(help="Address to bind; put a proxy in front before opening it.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = 3000,
+    admin_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of `ega models` on 127.0.0.1; 0: any free port.")] = 3001,
     settings: Annotated[Optional[Path], typer.Option(help="JSON file with settings of the service (budgets, quality_floor, price_mode, ...; docs/serving.md).")] = None,  # noqa: UP045
 ) -> None:
     """Serve the newest approved model of a configuration over HTTP."""
     from cli.run import serve_command
 
-    raise typer.Exit(_guarded(lambda: serve_command(config, host, port, settings)))
+    raise typer.Exit(_guarded(lambda: serve_command(config, host, port, settings, admin_port)))
+
+
+models = typer.Typer(no_args_is_help=True, help="Which model serves: list, approve, activate, roll back.")
+app.add_typer(models, name="models")
+PlaceOption = Annotated[str, typer.Option(help="live: every model arm without a model of its own; arm:NAME; shadow: ranks along without being shown.")]
+
+
+@models.command("list")
+def models_list(config: Config, as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+    """Every approved model of a configuration, verified anew, and where it serves."""
+    from cli.models import list_models
+
+    raise typer.Exit(_guarded(lambda: list_models(config, as_json)))
+
+
+@models.command("approve")
+def models_approve(config: Config, run: Annotated[Path, typer.Argument(help="Folder of a finished run: its bundle/ and gate.json.", show_default=False)]) -> None:
+    """Put the model of a run into the store if its signed gate record approves it; the next service start takes it. Exit code 3: refused."""
+    from cli.models import approve
+
+    raise typer.Exit(_guarded(lambda: approve(config, run)))
+
+
+@models.command("activate")
+def models_activate(
+    config: Config,
+    tag: Annotated[str, typer.Argument(help="Exact tag from `ega models list`; 'none' takes away the model of an arm or the shadow.", show_default=False)],
+    place: PlaceOption = "live",
+) -> None:
+    """Make an approved model live, in the running service without a pause, or else at the next start. Exit code 3: refused, nothing changed."""
+    from cli.models import activate
+
+    raise typer.Exit(_guarded(lambda: activate(config, tag, place)))
+
+
+@models.command("rollback")
+def models_rollback(config: Config, place: PlaceOption = "live") -> None:
+    """Back to the model that was live before, by a new signed decision. Exit code 3: refused, nothing changed."""
+    from cli.models import rollback
+
+    raise typer.Exit(_guarded(lambda: rollback(config, place)))
 
 
 @app.command()
@@ -160,10 +202,11 @@ def doctor() -> None:
 def bench(
     name: Annotated[str, typer.Argument(help="Speed and cost: latency, load, v2-decode, cluster-attention, auction, sampling, generator, oracle, flops. On a finished run: payments, bidders. The paper's tables: table1, table2, table3, scaling.")],
     out: Annotated[Optional[Path], typer.Option(help="Also write the figures to this JSON file.")] = None,  # noqa: UP045
-    run: Annotated[Optional[Path], typer.Option(help="Folder of a finished run, for payments and bidders.")] = None,  # noqa: UP045
+    run: Annotated[Optional[Path], typer.Option(help="Folder of a finished run, for payments, bidders and load.")] = None,  # noqa: UP045
     plot: Annotated[Optional[Path], typer.Option(help="Also draw the course of bidders into this SVG file.")] = None,  # noqa: UP045
     steps: Annotated[Optional[int], typer.Option(min=1, help="Optimiser steps of every payment network in payments (default: the run's).")] = None,  # noqa: UP045
     device: Annotated[Optional[str], typer.Option(help="cpu or cuda, for latency (default: cpu).")] = None,  # noqa: UP045
+    seconds: Annotated[Optional[float], typer.Option(min=1.0, help="Length of the overload in load (default: 60).")] = None,  # noqa: UP045
     config: Annotated[Optional[Path], typer.Option(help="Run configuration of a table's market and models (default: config/tables.yaml).")] = None,  # noqa: UP045
     data: Annotated[Optional[Path], typer.Option(help="Folder of data, where a market or a benchmark is made from one.")] = None,  # noqa: UP045
     seeds: Annotated[Optional[int], typer.Option(min=1, help="Markets of a table, each with a seed of its own (default: 5 for table1, 3 for the others).")] = None,  # noqa: UP045
@@ -172,7 +215,7 @@ def bench(
     """Measure speed (medians and ratios within one run), what pricing rules do to honesty and revenue, or the paper's tables."""
     from cli.bench import bench as command
 
-    raise typer.Exit(_guarded(lambda: command(name, out, plot, run=run, steps=steps, device=device, config=config, data=data, seeds=seeds, quick=quick)))
+    raise typer.Exit(_guarded(lambda: command(name, out, plot, run=run, steps=steps, seconds=seconds, device=device, config=config, data=data, seeds=seeds, quick=quick)))
 
 
 @app.command()

@@ -224,14 +224,18 @@ def _explain_failure(run_dir: Path, error: Exception) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def serve_command(config_path: Path, host: str, port: int, settings: Path | None = None) -> int:
-    """Serve the newest approved model of a configuration; `settings`: JSON with any fields of ServingConfig but `home`."""
+def serve_command(config_path: Path, host: str, port: int, settings: Path | None = None, admin_port: int = 0) -> int:
+    """Serve the live model of a configuration; `settings`: JSON with any fields of ServingConfig but `home`; its `admin_port` wins."""
+    from dataclasses import replace
+
     from cli.serve import serve
     from pipelines.config import load_run_config
+    from serving.launch import free_port
     from serving.settings import ServingConfig, load_settings
 
     home = ega_home() / load_run_config(config_path).name
-    return serve(load_settings(settings, home) if settings else ServingConfig(home=home), host, port)
+    found = load_settings(settings, home) if settings else ServingConfig(home=home)
+    return serve(found if found.admin_port else replace(found, admin_port=admin_port or free_port()), host, port)
 
 
 def _newest_run(name: str, runs: Path) -> Path:

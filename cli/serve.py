@@ -20,7 +20,8 @@ def serve(config: ServingConfig, host: str = "127.0.0.1", port: int = 3000, log:
     try:
         with running_service(config, host, port, log) as service:
             arms = ", ".join(f"{arm.name} ({arm.policy})" for arm in service.config.arms)
-            print(f"Ready: {service.url}   model {service.config.model_tag or 'none'}   arms {arms}")
+            models = ", ".join(f"{tag} ({place})" for place, tag in service.models.items())
+            print(f"Ready: {service.url}   model {models or 'none'}   arms {arms}   admin {config.admin_host}:{config.admin_port}")
             print(f"  curl -s {service.url}/v1/rank -H 'Content-Type: application/json' -d '{{\"user_id\": 1, \"city_id\": 0, \"latitude\": 0.0, \"longitude\": 0.0}}'")
             print(f"  metrics {service.url}/metrics   docs/serving.md explains every field; Ctrl-C stops", flush=True)
             code = service.process.wait()

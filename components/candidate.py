@@ -36,9 +36,9 @@ class CandidateConfig:
 
 def find_incumbent(home: Path, key: bytes) -> Incumbent | None:
     """The newest approved model of a home, or None when nothing was approved yet. A damaged store raises."""
-    from serving.store import find_newest_approved
+    from serving.store import find_live_model
 
-    approved = find_newest_approved(home, key)
+    approved = find_live_model(home, key)
     if approved is None:
         return None
     bundle = load_bundle(approved.folder, key)

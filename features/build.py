@@ -26,7 +26,8 @@ from features.store import (
     gather_histories,
     history_table,
     open_store,
-    push_behaviours,
+    push_lock,
+    push_locked,
     read_users,
     remove_store,
     source_path,
@@ -162,27 +163,28 @@ def build_features(logs: Path, home: Path, behaviours: int = 64, fresh: bool = F
 
     Args: logs, a validated folder of logs; behaviours, L, length of a user's history; fresh, forget what the home's store
     held before (simulated worlds: time starts again). Without `fresh`, behaviours that were pushed online after the logs end
-    are kept: a materialise would overwrite them with older rows, as the SQLite store keeps what is written last.
+    are kept: a materialise would overwrite them with older rows, as the online store keeps what is written last.
     """
     began = time.perf_counter()
     say = progress or (lambda text: None)
     if behaviours < 1:
         raise ValueError(f"behaviours must be at least 1, got {behaviours}")
+    served_before = not fresh and feast_folder(home).exists()
     if fresh:
         remove_store(home)
-    served_before = (feast_folder(home) / "online.db").exists()
     say("writing sources")
     users, states, catalogue_rows, newest_us = _write_sources(Path(logs), home, behaviours)
     say("applying definitions")
     store = open_store(home)
     apply_definitions(store)
     check_store(store)
-    newer = _newer_than(store, users, newest_us, behaviours) if served_before else None
-    say("materialising")
     end = datetime.fromtimestamp(0, UTC) + timedelta(microseconds=newest_us)
-    _materialise(store, end)
-    if newer is not None and len(newer):
-        push_behaviours(store, newer, behaviours)
+    with push_lock(store):  # what a service pushes between the read and the materialise would be lost
+        newer = _newer_than(store, users, newest_us, behaviours) if served_before else None
+        say("materialising")
+        _materialise(store, end)
+        if newer is not None and len(newer):
+            push_locked(store, newer, behaviours)
     snapshot = FeatureSnapshot(
         as_of=end.isoformat(), behaviours=behaviours, states=states, users=len(users), catalogue_rows=catalogue_rows,
         pushed_again=0 if newer is None else len(newer), data_hash=data_hash(logs), seconds=round(time.perf_counter() - began, 3),

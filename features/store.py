@@ -1,13 +1,14 @@
 """The feature store of one home: opening it, point-in-time joins, online reads, pushes, the catalogue and ad embeddings.
 
-The store lives in `<home>/feast/`: `registry.db`, `online.db` and the Parquet sources under `data/`. Feast (slow to import)
-is imported inside functions. Types of every source derive from `marketplace.schema`.
+The store lives in `<home>/feast/`: `registry.db`, `online.db` (or Redis: `EGA_REDIS`) and the Parquet sources under `data/`. Feast
+(slow to import) is imported inside functions. Types of every source derive from `marketplace.schema`.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import os
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from feast import FeatureStore
 
 REPOSITORY = Path(__file__).resolve().parents[1] / "feature_repo"
+REDIS_VARIABLE = "EGA_REDIS"
+"""Environment variable that moves the online rows to Redis: 'host:port[,db=N][,password=...][,ssl=true]', one database a home."""
 PUSH_SOURCE = "user_behaviors_push"
 RANKING_SERVICE = "ega_v1_ranking"
 VIEWS = ("user_profile", "user_behaviors", "ad_catalog", "ad_embeddings")
@@ -91,17 +94,26 @@ def _name_arrays_by_identity() -> None:
         normalize_token.register(np.ndarray, name)
 
 
-def open_store(home: Path) -> FeatureStore:
-    """The feature store of a home, from feature_repo/feature_store.yaml with its files under `<home>/feast/`."""
+def open_store(home: Path, patience_seconds: float | None = None) -> FeatureStore:
+    """The feature store of a home, from feature_repo/feature_store.yaml with its files under `<home>/feast/`.
+
+    With EGA_REDIS set the online rows are in Redis (feature_store_redis.yaml). `patience_seconds`: longest wait for Redis, and no
+    retries, so that a read that cannot succeed ends (retries take 8 s); None waits as Feast does, right for bulk writes.
+    """
     import yaml
     from feast import FeatureStore, RepoConfig
 
     _name_arrays_by_identity()
     folder = feast_folder(home).resolve()
     (folder / "data").mkdir(parents=True, exist_ok=True)
-    config = yaml.safe_load((REPOSITORY / "feature_store.yaml").read_text())
+    redis = os.environ.get(REDIS_VARIABLE)
+    config = yaml.safe_load((REPOSITORY / ("feature_store_redis.yaml" if redis else "feature_store.yaml")).read_text())
     config["registry"]["path"] = f"sqlite:///{folder / 'registry.db'}"
-    config["online_store"]["path"] = str(folder / "online.db")
+    if redis:
+        limits = "" if patience_seconds is None else f",socket_timeout={patience_seconds},socket_connect_timeout={patience_seconds},retry=null"
+        config["online_store"]["connection_string"] = redis + limits
+    else:
+        config["online_store"]["path"] = str(folder / "online.db")
     return FeatureStore(config=RepoConfig(**config, repo_path=folder))
 
 
@@ -221,7 +233,7 @@ def history_table(user_ids: np.ndarray, histories: Histories) -> pa.Table:
 
 
 @contextmanager
-def _push_lock(store: FeatureStore) -> Iterator[None]:
+def push_lock(store: FeatureStore) -> Iterator[None]:
     """One push at a time over all threads and processes of this home: a push reads a user's state, adds to it and writes it back."""
     with open(Path(store.config.repo_path) / "push.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -264,18 +276,23 @@ def push_behaviours(store: FeatureStore, frame: pd.DataFrame, behaviours: int = 
 
     Args: frame with the columns of the behaviours table, in any order of events.
     """
-    from feast.data_source import PushMode
-
     missing = [name for name in BEHAVIOURS.names if name not in frame.columns]
     if missing:
         raise ValueError(f"push_behaviours: column {missing[0]!r} is missing; wanted the behaviours table ({', '.join(BEHAVIOURS.names)})")
     if frame.empty:
         return 0
+    with push_lock(store):
+        return push_locked(store, frame, behaviours)
+
+
+def push_locked(store: FeatureStore, frame: pd.DataFrame, behaviours: int) -> int:
+    """`push_behaviours` for a caller that holds the push lock."""
+    from feast.data_source import PushMode
+
     users = np.unique(frame["user_id"].to_numpy())
-    with _push_lock(store):
-        stored = read_users(store, users.tolist(), behaviours).histories
-        user_ids, merged = _merge_histories(stored, frame, users, behaviours)
-        store.push(PUSH_SOURCE, history_table(user_ids, merged).to_pandas(), to=PushMode.ONLINE)
+    stored = read_users(store, users.tolist(), behaviours).histories
+    user_ids, merged = _merge_histories(stored, frame, users, behaviours)
+    store.push(PUSH_SOURCE, history_table(user_ids, merged).to_pandas(), to=PushMode.ONLINE)
     return len(user_ids)
 
 
@@ -350,6 +367,10 @@ def read_snapshot(home: Path) -> dict[str, Any]:
 def remove_store(home: Path) -> None:
     """Forget everything that the feature store of a home holds: registry, online rows, sources. Not for a home that is being served."""
     folder = feast_folder(home)
+    if os.environ.get(REDIS_VARIABLE):
+        store = open_store(home)
+        apply_definitions(store)  # rows are found by the registered views
+        store.teardown()
     for name in ("registry.db", "online.db"):
         for suffix in ("", "-wal", "-shm", "-journal"):
             (folder / f"{name}{suffix}").unlink(missing_ok=True)

@@ -2,40 +2,118 @@
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from features.store import check_store, load_catalogue, open_store, read_snapshot, read_user
+import pandas as pd
+
+from features.store import UserFeatures, check_store, load_catalogue, open_store, push_behaviours, read_snapshot, read_user
 from model.bundle import signing_key
 from serving.catalogue import split_by_city
 from serving.event_log import EventLog
+from serving.live import LiveModels
 from serving.pacing import read_budgets
 from serving.policies import Bootstrap, Model, Policy
+from serving.pushes import Pusher
 from serving.ranking import Ranking
 from serving.settings import ServingConfig
-from serving.store import approved, newest_approved
-from serving.users import UserReader
+from serving.store import ARM, LIVE, Approved, placed
+from serving.users import Breaker, UserReader
+
+if TYPE_CHECKING:
+    from feast import FeatureStore
+
+logger = logging.getLogger("ega.serving")
+
+ResultT = TypeVar("ResultT")
+
+_PUSH_PATIENCE_SECONDS = 1.0
 
 
-def assemble(config: ServingConfig) -> Ranking:
-    """A Ranking over the real stores of `config.home`; not warm yet. Raises where a model is not approved or a store is missing."""
-    kinds = {arm.policy for arm in config.arms}
-    policies: dict[str, Policy] = {"bootstrap": Bootstrap(config.bootstrap_epsilon, config.seed, config.currency_step)}
-    users: UserReader[Any] = UserReader(lambda user_id: None, config.feature_deadline_ms / 1e3)
-    if "model" in kinds:
-        length = int(read_snapshot(config.home)["behaviours"])
-        policies["model"] = _model(config, length)
-        store = open_store(config.home)
-        store.config.registry.cache_ttl_seconds = 0  # definitions change with a deployment; re-reading them every 2 s costs a request 10 to 50 ms
-        check_store(store)
-        read_user(store, 0, length)  # the first read opens connections and caches; it may take longer than the deadline
-        users = UserReader(lambda user_id: read_user(store, user_id, length), config.feature_deadline_ms / 1e3)
-    cities = split_by_city(load_catalogue(config.home))
+@dataclass(frozen=True)
+class Assembled:
+    """A service without its HTTP side."""
+
+    ranking: Ranking
+    models: LiveModels | None
+    """None where no arm serves a model."""
+
+    def close(self) -> None:
+        if self.models is not None:
+            self.models.close()
+        self.ranking.close()
+
+
+def assemble(config: ServingConfig) -> Assembled:
+    """The Ranking over the real stores of `config.home`; not warm yet. Raises where a model is not approved or features were never built.
+
+    A feature store that is damaged or down is no reason not to start: pages are degraded until it answers.
+    """
+    bootstrap = Bootstrap(config.bootstrap_epsilon, config.seed, config.currency_step)
     budgets = read_budgets(config.budgets) if config.budgets else {}
-    return Ranking(config, cities, policies, users, EventLog(config.event_log, config.events_synchronous, budgets))
-
-
-def _model(config: ServingConfig, behaviours: int) -> Model:
+    if not any(arm.policy == "model" for arm in config.arms):
+        cities = split_by_city(load_catalogue(config.home))
+        log = EventLog(config.event_log, config.events_synchronous, budgets)
+        return Assembled(Ranking(config, cities, {"bootstrap": bootstrap}, UserReader(lambda user_id: None, 1.0), log), None)
     key = signing_key(config.key_home)
-    entry = approved(config.home, config.model_tag, key) if config.model_tag else newest_approved(config.home, key)
-    default = entry.price_mode if config.price_mode == "auto" else config.price_mode
-    return Model(entry.folder, key, default, entry.price_mode == "learned", behaviours, config.torch_threads, config.currency_step, config.quality_floor)
+    length = int(read_snapshot(config.home)["behaviours"])
+    cities = split_by_city(load_catalogue(config.home))
+
+    def load(entry: Approved) -> Model:
+        default = entry.price_mode if config.price_mode == "auto" else config.price_mode
+        return Model(entry.folder, key, default, entry.price_mode == "learned", length, config.torch_threads, config.currency_step, config.quality_floor)
+
+    by_version: dict[str, Policy] = {}
+    loaded: dict[str, Policy] = {}
+    for place, entry in placed(config, key).items():
+        if entry.version not in by_version:
+            by_version[entry.version] = load(entry)
+        loaded[place] = by_version[entry.version]
+    log = EventLog(config.event_log, config.events_synchronous, budgets)
+    pusher = Pusher(log, _pushing(config.home, length)) if config.push_events else None
+    any_model = loaded.get(LIVE) or next(policy for place, policy in loaded.items() if place.startswith(ARM))
+    ranking = Ranking(config, cities, {"bootstrap": bootstrap, "model": any_model}, _reading(config, length), log, pusher=pusher)
+    return Assembled(ranking, LiveModels(config, key, ranking, load, loaded))
+
+
+class _Store:
+    """A feature store that is opened on its first use and again after a failure: what was damaged or down may be mended by then."""
+
+    def __init__(self, home: Path, patience_seconds: float) -> None:
+        self._home, self._patience = home, patience_seconds
+        self._store: FeatureStore | None = None
+
+    def __call__(self, use: Callable[[FeatureStore], ResultT]) -> ResultT:
+        try:
+            if self._store is None:
+                store = open_store(self._home, self._patience)
+                store.config.registry.cache_ttl_seconds = 0  # definitions change with a deployment; re-reading them every 2 s costs a request 10 to 50 ms
+                check_store(store)
+                self._store = store
+            return use(self._store)
+        except Exception:
+            self._store = None
+            raise
+
+
+def _reading(config: ServingConfig, length: int) -> UserReader[UserFeatures]:
+    deadline = config.feature_deadline_ms / 1e3
+    store = _Store(config.home, deadline)
+
+    def read(user_id: int) -> UserFeatures | None:
+        return store(lambda opened: read_user(opened, user_id, length))
+
+    try:
+        read(0)  # the first read opens connections and caches; it may take longer than the deadline
+    except Exception as error:
+        logger.error("the feature store cannot be read, pages are degraded until it can: %s: %s", type(error).__name__, error)
+    breaker = Breaker(config.feature_failures, config.feature_cooldown_seconds)
+    return UserReader(read, deadline, breaker, config.feature_cache_users, config.feature_cache_seconds)
+
+
+def _pushing(home: Path, length: int) -> Callable[[pd.DataFrame], Any]:
+    store = _Store(home, _PUSH_PATIENCE_SECONDS)
+    return lambda behaviours: store(lambda opened: push_behaviours(opened, behaviours, length))

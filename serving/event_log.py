@@ -24,8 +24,8 @@ import pandas as pd
 from marketplace.logs import write_manifest, write_table
 from marketplace.schema import ACTION_CLICK, ACTION_PURCHASE, BEHAVIOURS, IMPRESSIONS, REQUESTS, Table
 
-SCHEMA_VERSION = 2
-"""`user_version` of the database; 1 lacked `billing` and is brought up when it is opened; other versions are refused."""
+SCHEMA_VERSION = 3
+"""`user_version` of the database; 1 lacked `billing`, 2 lacked `event.pushed` and `shadow`: both are brought up when opened; others are refused."""
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS request (
@@ -43,8 +43,12 @@ CREATE TABLE IF NOT EXISTS billing (
   request_id INTEGER NOT NULL, slot INTEGER NOT NULL, billed REAL NOT NULL, PRIMARY KEY (request_id, slot)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS event (
   request_id INTEGER NOT NULL, slot INTEGER NOT NULL, type TEXT NOT NULL, time_us INTEGER NOT NULL, received_us INTEGER NOT NULL,
-  order_value REAL NOT NULL, PRIMARY KEY (request_id, slot, type)) WITHOUT ROWID;
+  order_value REAL NOT NULL, pushed INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (request_id, slot, type)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS shadow (
+  request_id INTEGER NOT NULL, model_version TEXT NOT NULL, latency_ms REAL NOT NULL, page TEXT NOT NULL,
+  PRIMARY KEY (request_id, model_version)) WITHOUT ROWID;
 """
+_INDICES = "CREATE INDEX IF NOT EXISTS event_unpushed ON event (received_us) WHERE pushed = 0;"
 
 # `billing` holds the few clicks that cost less than the impression's payment, because a budget ended: 0 to payment, currency.
 _SPENT = """
@@ -143,9 +147,11 @@ def _connect(path: Path, synchronous: str) -> sqlite3.Connection:
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute(f"PRAGMA synchronous={synchronous}")
         version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version not in (0, 1, SCHEMA_VERSION):
+        if version not in (0, 1, 2, SCHEMA_VERSION):
             raise EventLogError(f"{path} has format {version}, this release writes {SCHEMA_VERSION}; move it away or export it with its own release")
-        connection.executescript(f"BEGIN IMMEDIATE;{_TABLES}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
+        # Events of a log before format 3 count as pushed: nobody pushed them then, and their users' features have moved on.
+        upgrade = "ALTER TABLE event ADD COLUMN pushed INTEGER NOT NULL DEFAULT 0;UPDATE event SET pushed = 1;" if version in (1, 2) else ""
+        connection.executescript(f"BEGIN IMMEDIATE;{_TABLES}{upgrade}{_INDICES}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
     except sqlite3.DatabaseError as error:
         connection.close()
         raise EventLogError(f"{path} cannot be used as the event log: {error}") from error
@@ -254,12 +260,41 @@ class EventLog:
                     if limited:
                         self._spent_on(time_us // _DAY_US)  # as it was before this click
                     written = self._connection.execute(
-                        "INSERT OR IGNORE INTO event VALUES (?,?,?,?,?,?)", (event.request_id, event.slot, event.type, time_us, received_us, value)
+                        "INSERT OR IGNORE INTO event VALUES (?,?,?,?,?,?,0)", (event.request_id, event.slot, event.type, time_us, received_us, value)
                     ).rowcount
                     if written and limited:
                         self._bill(event.request_id, event.slot, shown[0], shown[2], time_us)
                     outcomes.append("accepted" if written else "duplicate")
         return outcomes
+
+
+    def unpushed(self, most: int = 1_000) -> tuple[pd.DataFrame, list[tuple[int, int, str]]]:
+        """(BEHAVIOURS of the oldest events that the online feature store lacks, keys of those events for `mark_pushed`).
+
+        A purchase without its click is no behaviour yet: it has a key and no row, and counts again once the click is known.
+        """
+        with self._lock:
+            found = self._connection.execute(
+                "SELECT request_id, slot, type FROM event WHERE pushed = 0 AND (type = 'click' OR EXISTS (SELECT 1 FROM event c WHERE c.request_id = "
+                "event.request_id AND c.slot = event.slot AND c.type = 'click')) ORDER BY received_us LIMIT ?", (most,)
+            ).fetchall()  # fmt: skip
+            keys = [(int(request), int(slot), str(kind)) for request, slot, kind in found]
+            if not keys:
+                return pd.DataFrame(), []
+            names = [",".join(map(str, key[:2])) for key in keys]
+            chosen = f"(e.request_id, e.slot) IN (VALUES {','.join(f'({name})' for name in names)}) AND e.pushed = 0"  # whole numbers of our own
+            frame = pd.read_sql_query(_BEHAVIOURS.format(where=chosen), self._connection)
+        return _behaviours(frame), keys
+
+    def mark_pushed(self, keys: Sequence[tuple[int, int, str]]) -> None:
+        """The online feature store has these events now."""
+        with self._lock, _Transaction(self._connection):
+            self._connection.executemany("UPDATE event SET pushed = 1 WHERE request_id = ? AND slot = ? AND type = ?", keys)
+
+    def write_shadow(self, request_id: int, model_version: str, latency_ms: float, page: list[dict[str, Any]]) -> None:
+        """What another model would have shown for an answered request; a repeat changes nothing."""
+        with self._lock, _Transaction(self._connection):
+            self._connection.execute("INSERT OR IGNORE INTO shadow VALUES (?,?,?,?)", (request_id, model_version, latency_ms, json.dumps(page, allow_nan=False)))
 
 
 class _Transaction:
@@ -362,18 +397,36 @@ def read_behaviours(path: Path, since: datetime | None = None, until: datetime |
     `behaviour_id` is a hash of (request_id, slot, type) with bit 62 set: stable over exports and apart from small ids of other sources.
     """
     where, values = _window(since, until, "e.time_us")
-    query = f"""
-    SELECT e.request_id, e.slot, e.type, e.time_us, i.user_id, r.session_id, i.poi_id, i.category_id, i.latitude, i.longitude
-    FROM event e JOIN impression i ON i.request_id = e.request_id AND i.slot = e.slot JOIN request r ON r.request_id = e.request_id
-    WHERE {where} AND (e.type = 'click' OR EXISTS (
-      SELECT 1 FROM event c WHERE c.request_id = e.request_id AND c.slot = e.slot AND c.type = 'click'))
-    ORDER BY e.time_us, e.request_id, e.slot, e.type"""  # noqa: S608 - no outside text
-    frame = _read(path, query, values)
+    return _behaviours(_read(path, _BEHAVIOURS.format(where=where), values))
+
+
+_BEHAVIOURS = """
+SELECT e.request_id, e.slot, e.type, e.time_us, i.user_id, r.session_id, i.poi_id, i.category_id, i.latitude, i.longitude
+FROM event e JOIN impression i ON i.request_id = e.request_id AND i.slot = e.slot JOIN request r ON r.request_id = e.request_id
+WHERE {where} AND (e.type = 'click' OR EXISTS (
+  SELECT 1 FROM event c WHERE c.request_id = e.request_id AND c.slot = e.slot AND c.type = 'click'))
+ORDER BY e.time_us, e.request_id, e.slot, e.type
+"""
+
+
+def _behaviours(frame: pd.DataFrame) -> pd.DataFrame:
+    """Rows of _BEHAVIOURS as the behaviours table."""
     frame["event_timestamp"] = _times(frame["time_us"])
     frame["action"] = np.where(frame["type"] == _PURCHASE, ACTION_PURCHASE, ACTION_CLICK)
     names = zip(frame["request_id"], frame["slot"], frame["type"], strict=True)
     frame["behaviour_id"] = np.array([_behaviour_id(*name) for name in names], dtype=np.int64)
     return _conform(frame, BEHAVIOURS)
+
+
+def read_shadow(path: Path) -> pd.DataFrame:
+    """Shadow pages, one row an ad: request_id, model_version, latency_ms, slot, ad_id, pctr, price."""
+    frame = _read(path, "SELECT * FROM shadow ORDER BY request_id, model_version")
+    rows = [
+        {"request_id": request, "model_version": version, "latency_ms": latency, "slot": slot, **ad}
+        for request, version, latency, page in frame.itertuples(index=False)
+        for slot, ad in enumerate(json.loads(page), start=1)
+    ]
+    return pd.DataFrame(rows, columns=["request_id", "model_version", "latency_ms", "slot", "ad_id", "pctr", "price"])
 
 
 def _behaviour_id(request_id: int, slot: int, kind: str) -> int:

@@ -3,6 +3,7 @@
 Order: 401 without the token, 415 unless plain JSON, 411 without a length, 413 above the cap, 429 when too many bodies are
 in memory, 408 when the body is late, 400 when it is empty, 429 + Retry-After without a free admission slot; then the app.
 The body is complete before a slot is taken, so slow senders hold none. Error answers of the app leave in one JSON shape.
+Once DRAINING is set, answers close their connection, so that kept-alive clients go elsewhere instead of being reset.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from __future__ import annotations
 import asyncio
 import hmac
 import os
+import threading
+import time
+from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -25,9 +29,58 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _OPEN_PATHS = {"/livez", "/readyz", "/healthz"}
 """Health probes carry no token."""
+_KNOWN_PATHS = {"/v1/rank", "/v1/events"}
 _BODILESS = {"GET", "HEAD", "OPTIONS"}
+DRAINING = threading.Event()
+"""Set on SIGTERM: the service finishes what it has and takes nothing new soon."""
 _DRAIN_FACTOR = 16
 """A refused body is read and dropped up to this many times the cap, so that an ordinary client gets to read the refusal."""
+
+
+class Admission:
+    """`limit` requests at once; up to `waiting` more may wait in order, until the queue overflows: then nobody waits any more until
+    `calm_seconds` passed without a refusal. A burst is absorbed, while in overload what is accepted is answered fast."""
+
+    def __init__(self, limit: int, waiting: int, calm_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limit, self._waiting, self._calm, self._clock = limit, waiting, calm_seconds, clock
+        self._running = 0
+        self._queue: deque[asyncio.Future[None]] = deque()
+        self._refused_at = -float("inf")
+
+    async def enter(self) -> bool:
+        """Take a slot, after a wait if need be; False: refused. Whoever got True calls `leave`."""
+        if self._running < self._limit:
+            self._running += 1
+            metrics.ADMITTED.inc()
+            return True
+        now = self._clock()
+        if len(self._queue) >= self._waiting or now - self._refused_at < self._calm:
+            self._refused_at = now
+            return False
+        slot: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._queue.append(slot)
+        metrics.QUEUED.inc()
+        try:
+            await slot
+        except asyncio.CancelledError:
+            if slot.done() and not slot.cancelled():
+                self.leave()
+            else:
+                self._queue.remove(slot)
+            raise
+        finally:
+            metrics.QUEUED.dec()
+        return True
+
+    def leave(self) -> None:
+        """Give the slot back: to who waits longest, if anybody does."""
+        while self._queue:
+            slot = self._queue.popleft()
+            if not slot.done():
+                slot.set_result(None)
+                return
+        self._running -= 1
+        metrics.ADMITTED.dec()
 
 
 class Gate:
@@ -37,7 +90,7 @@ class Gate:
         self.app = app
         self.settings = settings or load_settings()
         self._token = (token if token is not None else os.environ.get(TOKEN_VARIABLE, "")).encode()
-        self._admitted = 0
+        self._admission = Admission(self.settings.admission_limit, self.settings.queue_limit, self.settings.queue_calm_ms / 1e3)
         self._buffered = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -72,16 +125,18 @@ class Gate:
             if not body.strip():
                 await self._refuse(send, None, headers, 400, "empty_body", "the body is empty; send a JSON object", close=False)
                 return
-            if self._admitted >= self.settings.admission_limit:
+            complete = time.perf_counter()
+            if not await self._admission.enter():
                 await self._refuse(send, None, headers, 429, "overloaded", "too many requests at once; try again after Retry-After seconds", close=False)
                 return
-            self._admitted += 1
-            metrics.ADMITTED.set(self._admitted)
+            metrics.QUEUE_SECONDS.observe(time.perf_counter() - complete)
+            shaped = _ErrorShape(send)
             try:
-                await self.app(scope, _Replay(body, receive), _ErrorShape(send))
+                await self.app(scope, _Replay(body, receive), shaped)
             finally:
-                self._admitted -= 1
-                metrics.ADMITTED.set(self._admitted)
+                self._admission.leave()
+                path = scope["path"] if scope["path"] in _KNOWN_PATHS else "other"
+                metrics.REQUEST_SECONDS.labels(path=path, status=str(shaped.status)).observe(time.perf_counter() - complete)
         finally:
             self._buffered -= length
 
@@ -178,6 +233,9 @@ class _Tolerant:
     async def __call__(self, message: Message) -> None:
         if self._gone:
             return
+        if message["type"] == "http.response.start" and DRAINING.is_set():
+            kept = [(name, value) for name, value in message["headers"] if name.lower() != b"connection"]
+            message = {**message, "headers": [*kept, (b"connection", b"close")]}
         try:
             await self._send(message)
         except (OSError, RuntimeError) as error:
@@ -191,13 +249,17 @@ class _ErrorShape:
 
     def __init__(self, send: Send) -> None:
         self._send = send
+        self.status = 0
+        """Of the answer; 0: none was sent."""
         self._start: Message | None = None
         self._parts: list[bytes] = []
 
     async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start" and message["status"] >= 400:
-            self._start = message
-            return
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            if message["status"] >= 400:
+                self._start = message
+                return
         if self._start is None or message["type"] != "http.response.body":
             await self._send(message)
             return
@@ -205,6 +267,7 @@ class _ErrorShape:
         if message.get("more_body", False):
             return
         status, body = translate(self._start["status"], b"".join(self._parts))
+        self.status = status
         metrics.REFUSED.labels(code=str(status)).inc()
         dropped = {b"content-type", b"content-length"}
         kept = [(name, value) for name, value in self._start["headers"] if name.lower() not in dropped]

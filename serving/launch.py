@@ -10,14 +10,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import ProxyHandler, build_opener
 
 from model.bundle import BundleError, signing_key
 from serving.settings import SETTINGS_VARIABLE, STARTUP_ERROR_VARIABLE, ServingConfig, SettingsError, save_settings
-from serving.store import approved, newest_approved
+from serving.store import placed
 
 TARGET = "serving.service:Ranker"
 _QUIET = {"BENTOML_DO_NOT_TRACK": "True", "DO_NOT_TRACK": "1"}
@@ -34,19 +34,19 @@ class Running:
     url: str
     process: subprocess.Popen[bytes]
     config: ServingConfig
-    """As it runs: the model tag is exact."""
+    models: dict[str, str]
+    """Tag by place when it started."""
 
 
-def resolve(config: ServingConfig) -> ServingConfig:
-    """The settings with an exact, verified model tag. Raises ApprovalError if no approved, unaltered model can be served."""
+def resolve(config: ServingConfig) -> dict[str, str]:
+    """Verified tags by place; the worker verifies them again. Raises ApprovalError if no approved, unaltered model can be served."""
     if not any(arm.policy == "model" for arm in config.arms):
-        return config
+        return {}
     try:
         key = signing_key(config.key_home)
     except BundleError as error:
         raise SettingsError(str(error)) from error
-    found = approved(config.home, config.model_tag, key) if config.model_tag else newest_approved(config.home, key)
-    return replace(config, model_tag=found.tag)
+    return {place: entry.tag for place, entry in placed(config, key).items()}
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -65,9 +65,11 @@ def running_service(
     Refuses before anything is started when the model is not approved or was altered (ApprovalError); the worker checks again.
     Raises StartError when the service does not become ready.
     """
-    config = resolve(config)
+    models = resolve(config)
     port = port or free_port(host)
     _check_port(host, port)
+    if config.admin_port:
+        _check_port(config.admin_host, config.admin_port)
     folder = config.home / "serving"
     settings = save_settings(config, folder / f"settings-{port}.json")
     complaint = folder / f"startup-error-{port}.txt"
@@ -82,7 +84,7 @@ def running_service(
         try:
             url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"  # noqa: S104 - compared, not bound
             _wait_ready(url, process, complaint, wait_seconds)
-            yield Running(url, process, config)
+            yield Running(url, process, config, models)
         finally:
             stop(process)
     finally:
@@ -98,7 +100,7 @@ def _check_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise StartError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port or stop what uses it") from error
+            raise StartError(f"cannot listen on {host}:{port}: {error.strerror}; choose another port or stop what uses it") from error
 
 
 def _wait_ready(url: str, process: subprocess.Popen[bytes], complaint: Path, wait_seconds: float) -> None:

@@ -6,9 +6,12 @@ import hashlib
 import logging
 import secrets
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -23,6 +26,7 @@ from serving.invariants import PAGE_LAWS, PricedPage, broken_invariant, gsp_of_p
 from serving.messages import EventsRequest, EventsResponse, RankedAd, RankRequest, RankResponse, RejectedEvent
 from serving.pacing import Pacer
 from serving.policies import Bootstrap, Policy, Query
+from serving.pushes import Pusher
 from serving.settings import ServingConfig
 from serving.users import UserReader
 
@@ -48,8 +52,16 @@ def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
+@dataclass(frozen=True)
+class Live:
+    """Who answers now; immutable and replaced whole. A request keeps the one that it began with, so a policy lives until its last request ends."""
+
+    arms: Mapping[str, Policy]
+    shadow: Policy | None = None
+
+
 class Ranking:
-    """Ranks pages and takes events. Safe to call from several threads; everything it holds is read-only but the event log."""
+    """Ranks pages and takes events. Safe to call from several threads; what it holds is read-only but the event log and who is live."""
 
     def __init__(
         self,
@@ -59,11 +71,16 @@ class Ranking:
         users: UserReader[Any],
         log: EventLog,
         clock: Callable[[], datetime] = utc_now,
+        pusher: Pusher | None = None,
     ) -> None:
-        """`policies` by name in Arm.policy ('model', 'bootstrap'); the pages that replace broken ones come from an own bootstrap policy."""
+        """`policies` by name in Arm.policy ('model', 'bootstrap'), see also `install`; the pages that replace broken ones come from an own
+        bootstrap policy."""
         self._config = config
         self._cities = cities
-        self._policies = {arm.name: policies[arm.policy] for arm in config.arms}
+        self._live = Live({arm.name: policies[arm.policy] for arm in config.arms})
+        self._pusher = pusher
+        self._shadow_pool = ThreadPoolExecutor(1, thread_name_prefix="shadow")
+        self._shadow_busy = threading.Semaphore(1)
         self._fallback = Bootstrap(exploration=0.0, seed=config.seed, currency_step=config.currency_step)
         self._users = users
         self._log = log
@@ -74,13 +91,21 @@ class Ranking:
         """Prepare every city for every policy and answer golden requests; raises RuntimeError where an answer breaks a law."""
         if not self._cities:
             raise RuntimeError("the catalogue holds no active ads; build the features first")
-        policies = {id(policy): policy for policy in self._policies.values()}
-        for policy in (self._fallback, *policies.values()):
-            for ads in self._cities.values():
-                policy.prepare(ads)
-        for policy in policies.values():
-            for ads in self._cities.values():
-                self._golden(policy, ads)
+        for ads in self._cities.values():
+            self._fallback.prepare(ads)
+        for policy in {id(policy): policy for policy in self._live.arms.values()}.values():
+            self.check(policy)
+
+    def check(self, policy: Policy) -> None:
+        """Prepare a policy for every city and ask it golden requests; raises RuntimeError where an answer breaks a law."""
+        for ads in self._cities.values():
+            policy.prepare(ads)
+        for ads in self._cities.values():
+            self._golden(policy, ads)
+
+    def install(self, live: Live) -> None:
+        """From the next request on these policies answer; each was checked. One assignment: no request sees half of it."""
+        self._live = live
 
     def _golden(self, policy: Policy, ads: CityAds) -> None:
         slots = min(self._config.default_slots, len(ads.ad_id))
@@ -120,6 +145,37 @@ class Ranking:
                 metrics.DEGRADED.labels(reason=reason).inc()
             return record.answer
 
+    def _shadow(self, policy: Policy, ads: CityAds, query: Query, shown: np.ndarray) -> None:
+        """Let another model rank the answered query, beside the next requests and one page at a time; pages that find it busy are left out."""
+        if np.random.default_rng([self._config.seed, query.request_id]).random() >= self._config.shadow_share:
+            return
+        if not self._shadow_busy.acquire(blocking=False):
+            metrics.SHADOW_PAGES.labels(model_version=policy.version, outcome="dropped").inc()
+            return
+
+        def work() -> None:
+            outcome = "failed"
+            try:
+                started = time.perf_counter()
+                page = policy.rank(ads, query)
+                took = time.perf_counter() - started
+                listed = [
+                    {"ad_id": int(ads.ad_id[row]), "pctr": float(pctr), "price": float(price)}
+                    for row, pctr, price in zip(page.rows, page.pctr, page.price, strict=True)
+                ]
+                self._log.write_shadow(query.request_id, policy.version, took * 1e3, listed)
+                metrics.STAGE_SECONDS.labels(stage="shadow").observe(took)
+                if len(page.rows):
+                    metrics.SHADOW_OVERLAP.observe(float(np.isin(page.rows, shown).mean()))
+                outcome = "ranked"
+            except Exception:
+                logger.exception("shadow model %s failed on request %d", policy.version, query.request_id)
+            finally:
+                metrics.SHADOW_PAGES.labels(model_version=policy.version, outcome=outcome).inc()
+                self._shadow_busy.release()
+
+        self._shadow_pool.submit(work)
+
     def _check_sizes(self, request: RankRequest) -> None:
         for field in ("candidates", "exclude", "bids"):
             if len(getattr(request, field) or ()) > self._config.max_candidates:
@@ -131,7 +187,8 @@ class Ranking:
         if ads is None:
             raise Refusal(422, "unknown_city", f"city {request.city_id} has no active ads here", "city_id")
         arm = assign_arm(request.user_id, self._config.salt, self._config.arms)
-        policy = self._policies[arm]
+        live = self._live
+        policy = live.arms[arm]
         time = _moment(request, received)
         bids, offered, eligible = self._market(ads, request, time)
         user, degraded = None, []
@@ -148,6 +205,8 @@ class Ranking:
             page, replaced = self._lawful_page(policy, ads, query)
         degraded += [replaced] if replaced else []
         version = self._fallback.version if replaced == PAGE_FALLBACK else policy.version
+        if live.shadow is not None and policy.reads_user:
+            self._shadow(live.shadow, ads, query, page.rows)
         return _record(request, query, ads, page, arm, version, degraded, received, identity, started)
 
     def _market(self, ads: CityAds, request: RankRequest, time: datetime) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -197,12 +256,22 @@ class Ranking:
             for event in request.events
         ]
         outcomes = self._log_call(lambda: self._log.write_events(records, self._clock()))
+        if self._pusher is not None and "accepted" in outcomes:
+            self._pusher.flush(self._config.push_wait_ms / 1e3)
         rejected = []
         for index, (event, outcome) in enumerate(zip(records, outcomes, strict=True)):
             metrics.EVENTS.labels(type=event.type, outcome=outcome).inc()
             if outcome not in ("accepted", "duplicate"):
                 rejected.append(RejectedEvent(index=index, request_id=event.request_id, slot=event.slot, reason=outcome))
         return EventsResponse(accepted=outcomes.count("accepted"), duplicates=outcomes.count("duplicate"), rejected=rejected)
+
+    def close(self) -> None:
+        """End the threads and close the event log; no request may be running."""
+        self._shadow_pool.shutdown()
+        if self._pusher is not None:
+            self._pusher.close()
+        self._users.close()
+        self._log.close()
 
     def _log_call(self, call: Callable[[], Any]) -> Any:
         """No record, no answer: a log that cannot be written is a designed 503, not a page without its impression."""

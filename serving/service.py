@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
+import signal
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,13 +14,16 @@ from typing import TYPE_CHECKING, Any
 import bentoml
 from starlette.responses import Response
 
+from serving import metrics
 from serving.errors import QuietValidation, Refusal, error_body
-from serving.gate import Gate
+from serving.gate import DRAINING, Gate
+from serving.logs import configure
 from serving.messages import EventsRequest, EventsResponse, RankRequest, RankResponse
-from serving.settings import STARTUP_ERROR_VARIABLE, load_settings
+from serving.settings import STARTUP_ERROR_VARIABLE, ServingConfig, load_settings
 
 if TYPE_CHECKING:
-    from serving.ranking import Ranking
+    from serving.admin import AdminServer
+    from serving.assembly import Assembled
 
 logger = logging.getLogger("ega.serving")
 logging.getLogger("bentoml._internal.server.http_app").addFilter(QuietValidation())
@@ -40,28 +45,50 @@ class Ranker:
     """Ads for a page view, ranked by a set-aware model over the whole city and priced by an auction."""
 
     def __init__(self) -> None:
-        self._ranking: Ranking | None = None
+        self._assembled: Assembled | None = None
+        self._admin: AdminServer | None = None
 
     @bentoml.on_startup
     def start(self) -> None:
         """Load and warm up beside the event loop, so that /livez answers meanwhile and /readyz says 503."""
-        threading.Thread(target=self._load, name="load", daemon=True).start()
+        DRAINING.clear()
+        metrics.READY.set(0)
+        config = load_settings()
+        configure(config.log_format)
+        if threading.current_thread() is threading.main_thread():  # not under a test client
+            _drain_on_sigterm(config.drain_seconds)
+        threading.Thread(target=self._load, args=(config,), name="load", daemon=True).start()
 
-    def _load(self) -> None:
+    def _load(self, config: ServingConfig) -> None:
         from serving.assembly import assemble  # torch and Feast: seconds, and only the worker needs them
 
         try:
-            ranking = assemble(load_settings())
-            ranking.warm_up()
+            assembled = assemble(config)
+            assembled.ranking.warm_up()
+            if config.admin_port and assembled.models is not None:
+                from serving.admin import AdminServer
+
+                self._admin = AdminServer(config, assembled.models)
+                self._admin.start()
         except Exception as error:
             logger.exception("the service cannot start and stays not ready")
             if complaint := os.environ.get(STARTUP_ERROR_VARIABLE):
                 Path(complaint).write_text(str(error))
             return
-        self._ranking = ranking
+        self._assembled = assembled
+        metrics.READY.set(1)
+        logger.info("ready")
 
-    def __is_ready__(self) -> bool:
-        return self._ranking is not None
+    @bentoml.on_shutdown
+    def end(self) -> None:
+        """After the last request: what is in memory only ends in order."""
+        if self._admin is not None:
+            self._admin.stop()
+        if self._assembled is not None:
+            self._assembled.close()
+
+    async def __is_ready__(self) -> bool:
+        return self._assembled is not None and not DRAINING.is_set()
 
     @bentoml.api(route="/v1/rank")
     def rank(self, request: RankRequest, /) -> RankResponse:
@@ -74,12 +101,29 @@ class Ranker:
         return self._call(lambda ranking: ranking.events(request).model_dump(mode="json"))
 
     def _call(self, work: Any) -> Any:
-        if self._ranking is None:
+        if self._assembled is None:
             return _json(503, error_body("not_ready", "the service is warming up; try again"))
         try:
-            return _json(200, json.dumps(work(self._ranking), allow_nan=False).encode())
+            return _json(200, json.dumps(work(self._assembled.ranking), allow_nan=False).encode())
         except Refusal as refusal:
             return _json(refusal.status, error_body(refusal.code, refusal.message, refusal.field))
+
+
+def _drain_on_sigterm(seconds: float) -> None:
+    """On SIGTERM first say not ready and close kept-alive connections as they are answered, then stop as the server does; a second one stops at once."""
+    loop, stop = asyncio.get_running_loop(), signal.getsignal(signal.SIGTERM)
+    if not callable(stop):
+        return
+
+    def drain(number: int, frame: Any) -> None:
+        if DRAINING.is_set():
+            stop(number, frame)
+            return
+        DRAINING.set()
+        metrics.READY.set(0)
+        loop.call_soon_threadsafe(loop.call_later, seconds, stop, number, None)
+
+    signal.signal(signal.SIGTERM, drain)
 
 
 Ranker.add_asgi_middleware(Gate)

@@ -1,6 +1,6 @@
 """How the ranking service is configured: one JSON file, named by the environment variable EGA_SERVING.
 
-The bearer token is a secret and therefore never in that file: it comes from the environment variable EGA_SERVING_TOKEN.
+The bearer tokens are secrets and therefore never in that file: they come from EGA_SERVING_TOKEN and EGA_ADMIN_TOKEN.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from marketplace.schema import REQUESTS
 
 SETTINGS_VARIABLE = "EGA_SERVING"
 TOKEN_VARIABLE = "EGA_SERVING_TOKEN"  # noqa: S105 - the name of a variable, not a secret
+ADMIN_TOKEN_VARIABLE = "EGA_ADMIN_TOKEN"  # noqa: S105
 
 STARTUP_ERROR_VARIABLE = "EGA_SERVING_STARTUP_ERROR"
 """Names a file in which a worker that cannot start says why; set by serving.launch."""
@@ -41,6 +42,8 @@ class Arm:
     """'model': the approved bundle; 'bootstrap': distance + popularity recall with GSP prices, the logging policy."""
     share: float = 1.0
     """Share of the users, relative to the sum over all arms; 0 keeps the arm loaded without traffic."""
+    model: str = ""
+    """Exact tag of a model of this arm's own; empty: the place `live`. `ega models activate --place arm:NAME` overrides it."""
 
     @model_validator(mode="after")
     def _check(self) -> Arm:
@@ -48,6 +51,8 @@ class Arm:
             raise ValueError(f"arm name {self.name!r}: 1 to 64 letters, digits, '_', '-' or '.'")
         if not 0.0 <= self.share < float("inf"):
             raise ValueError(f"arm {self.name}: share must be finite and >= 0, got {self.share}")
+        if self.model and self.policy != "model":
+            raise ValueError(f"arm {self.name}: only an arm with policy 'model' can name a model")
         return self
 
 
@@ -60,9 +65,11 @@ class ServingConfig:
     signing_home: Path | None = None
     """Folder of signing.key (EGA_HOME); default: the parent of `home`. EGA_SIGNING_KEY overrides the file."""
     model_tag: str = ""
-    """Exact tag in the BentoML store, e.g. 'ega-v1:0123456789ab'; empty: the newest approved one, resolved once at start."""
+    """Exact tag in the BentoML store, e.g. 'ega-v1:0123456789ab', pinned against `ega models activate`; empty: the newest decision."""
     arms: tuple[Arm, ...] = (Arm(name="none", policy="model"),)
     """Experiment arms; one arm means no experiment. Schema: 'none' is the arm outside experiments."""
+    shadow_share: float = 1.0
+    """Share of the pages, in [0, 1], that the model in the place `shadow` ranks too, in the background; pages that find it busy are left out."""
     salt: str = "ega"
     """Experiment salt of the assignment hash; a new salt reshuffles the users."""
     price_mode: PriceMode | Literal["auto"] = "auto"
@@ -87,10 +94,34 @@ class ServingConfig:
     """Bodies held in memory at once over all connections, bytes; beyond: 429."""
     body_deadline_seconds: float = 2.0
     """Time a client has to send its body; beyond: 408."""
-    admission_limit: int = 4
-    """Requests admitted at once (running and waiting for the worker thread); beyond: 429 with Retry-After."""
+    admission_limit: int = 2
+    """Requests in the worker's threads at once; there are two of them."""
+    queue_limit: int = 8
+    """Requests of a burst that may wait for admission; beyond: 429 with Retry-After."""
+    queue_calm_ms: float = 400.0
+    """Once the queue overflowed it is no burst but overload: nobody waits until no request was refused for this long, milliseconds."""
     feature_deadline_ms: float = 50.0
-    """Longest wait for the user's features, milliseconds; beyond: default user, answer marked degraded."""
+    """Longest wait for the user's features, milliseconds; beyond: the last known ones or the default user, answer marked degraded."""
+    feature_failures: int = 5
+    """Failed or late reads in a row after which the feature store is left alone."""
+    feature_cooldown_seconds: float = 1.0
+    """Time between two trial reads while it is left alone."""
+    feature_cache_users: int = 5_000
+    """Users whose last features are kept for when the store fails; about 50 bytes a behaviour each."""
+    feature_cache_seconds: float = 3_600.0
+    """Oldest features that may replace fresh ones."""
+    push_events: bool = True
+    """Write accepted clicks and purchases to the online feature store, so that the user's next request sees them."""
+    push_wait_ms: float = 200.0
+    """Longest wait of /v1/events for that write; later ones follow by themselves."""
+    drain_seconds: float = 1.0
+    """On SIGTERM: time between /readyz turning 503 and the end of the listening socket. At least the probe interval of what sends traffic."""
+    admin_host: str = "127.0.0.1"
+    """Address of the admin port; any but a loopback address needs EGA_ADMIN_TOKEN."""
+    admin_port: int = 0
+    """Port for model operations (`ega models`); 0: none."""
+    log_format: Literal["json", "text"] = "json"
+    """Lines of the service's log: one JSON object each, or plain text."""
     events_synchronous: Literal["full", "normal"] = "full"
     """SQLite `synchronous` of the event log. full: an answered page survives power loss; normal: it survives kill -9, not power loss."""
     torch_threads: int = 1
@@ -124,13 +155,25 @@ class ServingConfig:
             "body_budget_bytes",
             "body_deadline_seconds",
             "admission_limit",
+            "queue_calm_ms",
             "feature_deadline_ms",
+            "feature_failures",
+            "feature_cooldown_seconds",
+            "feature_cache_users",
+            "feature_cache_seconds",
             "torch_threads",
             "pacing_interval_seconds",
         ):
             value = getattr(self, name)
             if not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be finite and > 0, got {value}")
+        for name in ("queue_limit", "push_wait_ms", "drain_seconds"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be finite and >= 0, got {getattr(self, name)}")
+        if not 0 <= self.admin_port < 65_536:
+            raise ValueError(f"admin_port must be 0 to 65535, got {self.admin_port}")
+        if not 0.0 <= self.shadow_share <= 1.0:
+            raise ValueError(f"shadow_share must be in [0, 1], got {self.shadow_share}")
         if self.body_budget_bytes < self.body_limit_bytes:
             raise ValueError("body_budget_bytes must be at least body_limit_bytes")
         if not 0.0 <= self.currency_step < float("inf"):

@@ -2,7 +2,9 @@
 
 A model goes live only with a *gate record*: signed JSON that says which bundle passed which gates. The record is checked when
 a bundle is approved and again whenever the service starts; so are the signature, size and sha256 of every file of the bundle.
-Each approval carries a rising sequence number under its own signature: the newest approval is a signed fact, not a file date.
+Which model is live is a signed fact too, not a file date: approvals, activations and rollbacks are *decisions* under one rising
+sequence number, and the newest one of a place counts. Places: `live` (every model arm without a model of its own), `arm:<name>`,
+`shadow`. An approval is a decision for `live`: the service takes it at its next start, or at once by `ega models activate`.
 """
 
 from __future__ import annotations
@@ -13,18 +15,23 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from model.bundle import FILES, BundleError, canonical, sha256_of, sign_json, verify_bundle, verify_json, write_atomic
 
 if TYPE_CHECKING:
     from bentoml._internal.models import ModelStore
 
+    from serving.settings import ServingConfig
+
 MODEL_NAME = "ega-v1"
 GATE_RECORD, APPROVAL = "gate_record.json", "approval.json"
+LIVE, SHADOW, ARM = "live", "shadow", "arm:"
+NO_MODEL = ""
+"""Tag of a decision that takes the model away from a place (`shadow` off, an arm back to `live`)."""
 _FORMAT = 1
 _BUNDLE_FILES = (*FILES, "manifest.json")
 
@@ -46,7 +53,9 @@ class Approved:
     gates: dict[str, Any]
     """Payload of the gate record."""
     sequence: int
-    """Order of approval in this home, from 1."""
+    """Order of its approval among the decisions of this home, from 1."""
+    approved_at: str
+    """UTC time of the approval, ISO 8601."""
 
     @property
     def price_mode(self) -> str:
@@ -105,8 +114,8 @@ def check_gate_record(path: Path, bundle: Path, key: bytes) -> dict[str, Any]:
 def approve_bundle(bundle_dir: Path, gate_record_path: Path, home: Path, key: bytes) -> str:
     """Put a bundle that its signed gate record approves into the model store of `home`; returns its tag.
 
-    The store is unchanged when anything is refused (ApprovalError). Approving the newest approved bundle again returns its tag;
-    approving an older one again makes it the newest: a new signed decision.
+    The store is unchanged when anything is refused (ApprovalError). Approving the live bundle again returns its tag; approving an
+    older one again makes it live: a new signed decision.
     """
     import bentoml
     from bentoml.models import ModelContext
@@ -118,8 +127,8 @@ def approve_bundle(bundle_dir: Path, gate_record_path: Path, home: Path, key: by
     with _locked(home):
         store = _model_store(home)
         entries = _approvals(home, key)
-        newest = max((entry["sequence"] for entry in entries.values()), default=0)
-        if tag in entries and entries[tag]["sequence"] == newest:
+        newest = _last_sequence(home, key)
+        if tag in entries and _live_tag(home, key, LIVE) == tag:
             _check_entry(home, tag, key)
             return tag
         approval = sign_json(
@@ -150,21 +159,135 @@ def approve_bundle(bundle_dir: Path, gate_record_path: Path, home: Path, key: by
     return tag
 
 
-def newest_approved(home: Path, key: bytes) -> Approved:
-    """The entry approved last, verified anew; raises ApprovalError if there is none or it was altered."""
-    found = find_newest_approved(home, key)
+def live_model(home: Path, key: bytes, place: str = LIVE) -> Approved:
+    """The entry that the newest decision puts in a place, verified anew; raises ApprovalError if there is none or it was altered."""
+    found = find_live_model(home, key, place)
     if found is None:
         raise ApprovalError(f"no approved model in {home / 'bentoml'}; run the pipeline until its gates approve one")
     return found
 
 
-def find_newest_approved(home: Path, key: bytes) -> Approved | None:
-    """`newest_approved`, or None while nothing was approved; what a killed approval left behind is no approval.
+def find_live_model(home: Path, key: bytes, place: str = LIVE) -> Approved | None:
+    """`live_model`, or None while nothing was decided; what a killed approval left behind is no approval.
 
-    An altered newest entry is an error, never a reason to fall back to an older one silently.
+    An altered entry is an error, never a reason to fall back to an older one silently.
     """
-    entries = _approvals(home, key)
-    return _check_entry(home, max(entries, key=lambda tag: entries[tag]["sequence"]), key) if entries else None
+    tag = _live_tag(home, key, place)
+    return _check_entry(home, tag, key) if tag else None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A signed fact about what a place serves."""
+
+    sequence: int
+    action: Literal["approve", "activate", "rollback"]
+    place: str
+    tag: str
+    decided_at: str
+    """UTC, ISO 8601."""
+
+
+def decisions(home: Path, key: bytes) -> list[Decision]:
+    """Every decision of a home, oldest first; raises ApprovalError where one was altered."""
+    found = [Decision(entry["sequence"], "approve", LIVE, tag, str(entry["approved_at"])) for tag, entry in _approvals(home, key).items()]
+    for path in sorted((home / "bentoml" / "decisions").glob("*.json")):
+        try:
+            record = verify_json(_read_json(path), key)
+        except BundleError as error:
+            raise ApprovalError(f"refused: decision {path}: {error}") from error
+        if record.get("format") != _FORMAT or path.name != _decision_name(record.get("sequence")):
+            raise ApprovalError(f"refused: {path} holds another decision than its name says")
+        found.append(Decision(*(record[name] for name in ("sequence", "action", "place", "tag", "decided_at"))))
+    return sorted(found, key=lambda decision: decision.sequence)
+
+
+def previous_tag(home: Path, key: bytes, place: str = LIVE) -> str:
+    """What a rollback of a place returns to: the model before the live one, rolled-back ones not counted. Raises ApprovalError."""
+    history = _history(home, key, place)
+    if len(history) < 2:
+        raise ApprovalError(f"refused: no model was in place {place!r} before {history[-1] if history else 'now'}; there is nothing to roll back to")
+    return history[-2]
+
+
+def decide(home: Path, key: bytes, tag: str, place: str = LIVE, rollback: bool = False) -> Decision:
+    """Sign that `tag` serves a place from now on, or with NO_MODEL that nothing of its own does; the entry is verified first.
+
+    Raises ApprovalError, with nothing written; so it does when a rollback's target is no longer `previous_tag` (another operator was faster).
+    """
+    with _locked(home):
+        if tag != NO_MODEL:
+            _check_entry(home, tag, key)
+        elif place == LIVE:
+            raise ApprovalError("refused: the place 'live' needs a model")
+        if rollback and tag != previous_tag(home, key, place):
+            raise ApprovalError(f"refused: another decision about {place!r} came first; look at `ega models list` and try again")
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        made = Decision(_last_sequence(home, key) + 1, "rollback" if rollback else "activate", place, tag, now)
+        path = home / "bentoml" / "decisions" / _decision_name(made.sequence)
+        write_atomic(path, canonical(sign_json({"format": _FORMAT, **asdict(made)}, key)))
+    return made
+
+
+def _decision_name(sequence: object) -> str:
+    return f"{sequence:08d}.json" if isinstance(sequence, int) else ""
+
+
+def _last_sequence(home: Path, key: bytes) -> int:
+    return max((decision.sequence for decision in decisions(home, key)), default=0)
+
+
+def _history(home: Path, key: bytes, place: str) -> list[str]:
+    """Tags of a place as a stack: a rollback takes the top away."""
+    stack: list[str] = []
+    for decision in decisions(home, key):
+        if decision.place != place:
+            continue
+        if decision.action == "rollback" and len(stack) > 1 and stack[-2] == decision.tag:
+            stack.pop()
+        elif not stack or stack[-1] != decision.tag:
+            stack.append(decision.tag)
+    return stack
+
+
+def _live_tag(home: Path, key: bytes, place: str) -> str:
+    return next((decision.tag for decision in reversed(decisions(home, key)) if decision.place == place), NO_MODEL)
+
+
+def places(config: ServingConfig) -> list[str]:
+    """Places of a configuration."""
+    return [LIVE, SHADOW, *(ARM + arm.name for arm in config.arms if arm.policy == "model")]
+
+
+def placed(config: ServingConfig, key: bytes) -> dict[str, Approved]:
+    """The verified entry of every place that has a model of its own. Raises ApprovalError where one is missing or altered.
+
+    `live`: `model_tag` if the settings pin it, else the newest decision. `arm:NAME`: its newest decision, else the arm's `model`.
+    """
+    found: dict[str, Approved] = {}
+    for arm in config.arms:
+        if arm.policy == "model":
+            own = find_live_model(config.home, key, ARM + arm.name) or (approved(config.home, arm.model, key) if arm.model else None)
+            if own is not None:
+                found[ARM + arm.name] = own
+    if any(arm.policy == "model" and ARM + arm.name not in found for arm in config.arms):
+        found[LIVE] = approved(config.home, config.model_tag, key) if config.model_tag else live_model(config.home, key)
+    shadow = find_live_model(config.home, key, SHADOW)
+    if shadow is not None and any(arm.policy == "model" for arm in config.arms):
+        found[SHADOW] = shadow
+    return found
+
+
+def all_approved(home: Path, key: bytes) -> list[Approved | ApprovalError]:
+    """Every approved entry, newest first, verified anew; in place of one that must not be served the reason."""
+    entries = sorted(_approvals(home, key).items(), key=lambda entry: -entry[1]["sequence"])
+    found: list[Approved | ApprovalError] = []
+    for tag, _ in entries:
+        try:
+            found.append(_check_entry(home, tag, key))
+        except ApprovalError as error:
+            found.append(error)
+    return found
 
 
 def approved(home: Path, tag: str, key: bytes) -> Approved:
@@ -185,7 +308,7 @@ def _check_entry(home: Path, tag: str, key: bytes) -> Approved:
     gates = check_gate_record(folder / GATE_RECORD, folder, key)
     if approval.get("gate_record_sha256") != sha256_of(folder / GATE_RECORD) or gates["bundle_version"] != version:
         raise ApprovalError(f"refused: the approval of {tag} belongs to another gate record or bundle")
-    return Approved(tag=tag, version=version, folder=folder, gates=gates, sequence=int(approval["sequence"]))
+    return Approved(tag=tag, version=version, folder=folder, gates=gates, sequence=int(approval["sequence"]), approved_at=str(approval["approved_at"]))
 
 
 def _approval(folder: Path, key: bytes) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from serving.errors import translate
-from serving.gate import Gate
+from serving.gate import DRAINING, Admission, Gate
 from serving.settings import Arm, ServingConfig
 
 JSON = {"content-type": "application/json"}
@@ -112,12 +112,13 @@ def test_a_slow_body_is_cut_off_and_holds_no_slot() -> None:
     assert run(work) == (200, [408] * 30)
 
 
-def test_beyond_the_admission_limit_is_429_at_once() -> None:
-    async def slow_app(scope: Any, receive: Any, send: Any) -> None:
-        await asyncio.sleep(0.2)
-        await echo(scope, receive, send)
+async def slow_app(scope: Any, receive: Any, send: Any) -> None:
+    await asyncio.sleep(0.2)
+    await echo(scope, receive, send)
 
-    gate = Gate(slow_app, config(admission_limit=2), token="")
+
+def test_beyond_the_admission_limit_is_429_at_once() -> None:
+    gate = Gate(slow_app, config(admission_limit=2, queue_limit=0, queue_calm_ms=1.0), token="")
 
     async def work() -> Any:
         first = await asyncio.gather(*(call(gate) for _ in range(5)))
@@ -127,6 +128,67 @@ def test_beyond_the_admission_limit_is_429_at_once() -> None:
     assert sorted(status for status, *_ in answers) == [200, 200, 429, 429, 429] and later[0] == 200
     refused = next(answer for answer in answers if answer[0] == 429)
     assert refused[1]["retry-after"] == "1" and error(refused[2])["code"] == "overloaded"
+
+
+def test_a_burst_waits_and_an_overflow_ends_the_waiting_until_it_is_calm() -> None:
+    now = 0.0
+    admission = Admission(limit=1, waiting=2, calm_seconds=0.4, clock=lambda: now)
+
+    async def work() -> None:
+        nonlocal now
+        assert await admission.enter()
+        waiting = [asyncio.create_task(admission.enter()) for _ in range(2)]
+        await asyncio.sleep(0)
+        assert not await admission.enter()  # the queue is full
+        admission.leave()
+        assert await waiting[0] and not waiting[1].done()  # in order of arrival
+        now = 0.3
+        assert not await admission.enter()  # there is room, but it was no burst
+        now = 0.65
+        assert not await admission.enter()  # a refusal renews the overload
+        now = 1.1
+        later = asyncio.create_task(admission.enter())
+        admission.leave()
+        assert await waiting[1]
+        admission.leave()
+        assert await later
+        admission.leave()
+        assert await admission.enter()  # all slots came back
+
+    run(work)
+
+
+def test_who_stops_waiting_costs_no_slot() -> None:
+    admission = Admission(limit=1, waiting=4, calm_seconds=0.4)
+
+    async def work() -> None:
+        assert await admission.enter()
+        waiting = [asyncio.create_task(admission.enter()) for _ in range(3)]
+        await asyncio.sleep(0)
+        waiting[0].cancel()
+        admission.leave()  # in the same turn as the cancellation, and the slot of one that was given it and is cancelled
+        await asyncio.sleep(0)
+        waiting[1].cancel()
+        await asyncio.sleep(0.01)
+        if not waiting[2].done():
+            admission.leave()
+        assert await waiting[2]
+        admission.leave()
+        assert await admission.enter() and not admission._queue
+
+    run(work)
+
+
+def test_draining_answers_and_closes_each_connection() -> None:
+    gate = Gate(echo, config(), token="")
+    DRAINING.set()
+    try:
+        status, headers, body = run(lambda: call(gate))
+        assert (status, headers["connection"], body) == (200, "close", b"{}")
+        assert run(lambda: call(gate, {}))[1]["connection"] == "close"
+    finally:
+        DRAINING.clear()
+    assert "connection" not in run(lambda: call(gate))[1]
 
 
 def test_bodies_in_memory_have_a_budget() -> None:
@@ -152,7 +214,7 @@ def test_a_client_that_hung_up_is_no_error() -> None:
     scope = {"type": "http", "method": "POST", "path": "/v1/rank", "headers": [(b"content-type", b"application/json"), (b"content-length", b"2")]}
     gate = Gate(echo, config(), token="")
     run(lambda: gate(scope, receive, closed))
-    assert gate._admitted == 0
+    assert gate._admission._running == 0
 
 
 def test_a_slot_is_free_again_after_a_failing_app() -> None:
@@ -163,7 +225,7 @@ def test_a_slot_is_free_again_after_a_failing_app() -> None:
     for _ in range(3):
         with pytest.raises(RuntimeError, match="boom"):
             run(lambda: call(gate))
-    assert gate._admitted == 0 and gate._buffered == 0
+    assert gate._admission._running == 0 and gate._buffered == 0
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from serving.event_log import read_impressions, read_receipts, read_requests, re
 from serving.launch import Running, StartError, running_service
 from serving.openapi import FILE, rendered, specification
 from serving.settings import Arm, ServingConfig
-from serving.store import newest_approved
+from serving.store import live_model
 
 pytestmark = pytest.mark.xdist_group("serving_http")
 ARMS = (Arm(name="control", policy="bootstrap"), Arm(name="ega", policy="model"))
@@ -72,7 +72,7 @@ def check_page(page: dict[str, Any], bids: dict[int, float] | None = None) -> No
 
 
 def test_both_arms_answer_and_are_on_record(client: httpx.Client, home: Path) -> None:
-    version = newest_approved(home, bytes.fromhex((home.parent / "signing.key").read_text())).version
+    version = live_model(home, bytes.fromhex((home.parent / "signing.key").read_text())).version
     for arm, expected in (("control", "bootstrap-1"), ("ega", version)):
         user = user_of(client, arm)
         page = post(client, BODY | {"user_id": user, "session_id": 4, "timestamp": "2026-06-01T12:00:00Z"}).json()

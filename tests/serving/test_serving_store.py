@@ -13,7 +13,7 @@ from serving_world import KEY, tiny_bundle
 from model.bundle import canonical, load_bundle, sign_json
 from serving.launch import resolve, running_service
 from serving.settings import ServingConfig
-from serving.store import ApprovalError, approve_bundle, approved, check_gate_record, newest_approved, write_gate_record
+from serving.store import ApprovalError, approve_bundle, approved, check_gate_record, live_model, write_gate_record
 
 GOOD = {"ic": {"approved": True, "reason": "psi_exact=0.01"}, "revenue": {"approved": True, "reason": "lift 3 % [1, 5]"}}
 
@@ -37,7 +37,7 @@ def files_of(home: Path) -> dict[str, bytes]:
 
 def test_an_approved_bundle_goes_live_under_its_exact_tag(bundles: list[Path], tmp_path: Path) -> None:
     tag = approve_bundle(bundles[0], record_of(bundles[0]), tmp_path, KEY)
-    entry = newest_approved(tmp_path, KEY)
+    entry = live_model(tmp_path, KEY)
     assert entry == approved(tmp_path, tag, KEY) and entry.tag == tag == f"ega-v1:{entry.version}"
     assert load_bundle(entry.folder, KEY).version == entry.version and entry.price_mode == "critical"
     assert approve_bundle(bundles[0], record_of(bundles[0]), tmp_path, KEY) == tag and entry.sequence == 1
@@ -45,7 +45,7 @@ def test_an_approved_bundle_goes_live_under_its_exact_tag(bundles: list[Path], t
 
 def test_the_newest_decision_is_live_not_the_newest_file(bundles: list[Path], tmp_path: Path) -> None:
     first, second, again = (approve_bundle(bundle, record_of(bundle), tmp_path, KEY) for bundle in (bundles[0], bundles[1], bundles[0]))
-    entry = newest_approved(tmp_path, KEY)
+    entry = live_model(tmp_path, KEY)
     assert first == again == entry.tag != second and entry.sequence == 3
 
 
@@ -100,7 +100,7 @@ def test_a_changed_file_is_refused_when_the_service_starts(bundles: list[Path], 
     monkeypatch.setenv("EGA_SIGNING_KEY", KEY.hex())
     approve_bundle(bundles[1], record_of(bundles[1]), tmp_path, KEY)
     approve_bundle(bundles[0], record_of(bundles[0]), tmp_path, KEY)
-    file = newest_approved(tmp_path, KEY).folder / name
+    file = live_model(tmp_path, KEY).folder / name
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
@@ -115,8 +115,8 @@ def test_an_entry_that_was_never_approved_is_no_candidate(bundles: list[Path], t
     tag = approve_bundle(bundles[0], record_of(bundles[0]), tmp_path, KEY)
     (approved(tmp_path, tag, KEY).folder / "approval.json").unlink()  # what a killed approval may leave
     with pytest.raises(ApprovalError, match="no approved model"):
-        newest_approved(tmp_path, KEY)
-    assert approve_bundle(bundles[0], record_of(bundles[0]), tmp_path, KEY) == tag == newest_approved(tmp_path, KEY).tag
+        live_model(tmp_path, KEY)
+    assert approve_bundle(bundles[0], record_of(bundles[0]), tmp_path, KEY) == tag == live_model(tmp_path, KEY).tag
 
 
 @pytest.mark.parametrize("tag", ["ega-v1", "ega-v1:latest", "ega-v1:", "other:0123456789ab", "ega-v1:../x", "ega-v1:0123"])

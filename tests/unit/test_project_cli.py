@@ -23,7 +23,7 @@ from cli.submit import SubmitError, submit
 from pipelines.config import load_run_config
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = {"run", "simulate", "convert-checkins", "compile", "submit", "serve", "ab", "monitor", "bench", "results", "doctor", "replay-price", "replay-day"}
+COMMANDS = {"run", "simulate", "convert-checkins", "compile", "submit", "serve", "models", "ab", "monitor", "bench", "results", "doctor", "replay-price", "replay-day"}
 CI = ROOT / "config" / "ci.yaml"
 
 # ---------------------------------------------------------------------------------------------------------------------
