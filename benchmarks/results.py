@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,6 @@ SECTIONS: dict[str, tuple[str, str]] = {
 
 def write_results(folder: Path, out: Path) -> int:
     """Write the page; returns the number of tables. Files that are not known by name come last."""
-    from cli.bench import markdown
     from model.bundle import write_atomic
 
     files = {path.stem: path for path in sorted(folder.glob("*.json"))}
@@ -65,3 +65,16 @@ def command_of(result: dict[str, Any], path: Path) -> str:
     spent = f"; {result['minutes']:.0f} minutes on {result['threads']} threads" if result.get("minutes") is not None else ""
     commit = f"; commit {result['git_commit'][:7]}" if result.get("git_commit") else ""
     return f"`{result.get('command') or 'ega bench ' + result['name']} --out results/{path.name}`{seeds}{spent}{commit}"
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """A table for the terminal that is also Markdown."""
+
+    def cell(value: Any) -> str:
+        return ("–" if not math.isfinite(value) else f"{value:.4g}") if isinstance(value, float) else str(value)
+
+    header = list(rows[0])
+    cells = [header, *([cell(row[name]) for name in header] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
+    lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |" for line in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ def benchmarks() -> dict[str, Callable[..., dict[str, Any]]]:
 
 def bench(name: str, out: Path | None = None, plot: Path | None = None, **options: Any) -> int:
     """Run a benchmark by name with the options that were given (None: not given); print it, keep it as JSON and as a plot."""
+    from benchmarks.results import markdown
     from model.bundle import write_atomic
     from model.evaluation.evaluate import finite_only
     from model.evaluation.plots import lines_svg
@@ -63,16 +63,3 @@ def bench(name: str, out: Path | None = None, plot: Path | None = None, **option
     if plot is not None:
         write_atomic(plot, lines_svg(result["series"], *result["axes"]).encode())
     return 0
-
-
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """A table for the terminal that is also Markdown."""
-
-    def cell(value: Any) -> str:
-        return ("–" if not math.isfinite(value) else f"{value:.4g}") if isinstance(value, float) else str(value)
-
-    header = list(rows[0])
-    cells = [header, *([cell(row[name]) for name in header] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
-    lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |" for line in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
