@@ -473,7 +473,7 @@ class RewardModel(nn.Module):
             nn.init.constant_(tower.layers[-1].bias, math.log(prior_ctr / (1 - prior_ctr)))
 
     def states(self, memory: Memory, page: PageItems) -> Tensor:
-        """What attention made of every item, [B, K, D]."""
+        """What attention made of every item, [B, K, D]. There may be several pages a request, R * B in the order of the requests."""
         slots = page.poi.shape[1]
         mask = (page.poi >= 0).all(-1)
         x = self.poi_codes.item(page.poi) + self.creative_codes.item(page.creative) + self.slot.weight[:slots] + self.organic(page.organic.long())
@@ -501,7 +501,8 @@ class PageBlock(nn.Module):
         self.memory_attention = MemoryAttention(config.width, config.heads)
 
     def forward(self, x_BKD: Tensor, mask_BK: Tensor, memory: Memory) -> Tensor:
-        x_BKD = x_BKD + self.memory_attention(self.norm_memory(x_BKD), self.memory_attention.keys(memory), memory.bias)
+        tokens = self.norm_memory(x_BKD).reshape(len(memory.token), -1, x_BKD.shape[-1])  # a request's pages are so many tokens to its memory
+        x_BKD = x_BKD + self.memory_attention(tokens, self.memory_attention.keys(memory), memory.bias).view(x_BKD.shape)
         return self.encoder(x_BKD, mask_BK)
 
 
