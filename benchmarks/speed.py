@@ -137,7 +137,7 @@ def v2_decode(ads: int = 3_000, creatives: int = 2, slots: int = 5, organics: in
             search(network.decoder(history, beams, slots), catalogue, offers, slots, config)
 
     with torch.inference_mode():
-        encoder = _seconds(lambda: network.encoder(history), runs)
+        encoder = _seconds(lambda: network.encode(history), runs)
     whole = _seconds(decode, runs)
     shapes = _matrix_products(decode)
     products = [

@@ -225,11 +225,10 @@ class CodeTables(nn.Module):
 class Encoder(nn.Module):
     """Behaviours as POI, creative and fields, one token each; user and context are the first token."""
 
-    def __init__(self, config: NetworkConfig, sizes: TokenSizes, poi: CodeTables, creative: CodeTables) -> None:
+    def __init__(self, config: NetworkConfig, sizes: TokenSizes) -> None:
         super().__init__()
         width = config.width
         self.length = config.behaviours
-        self.poi, self.creative = poi, creative
         self.fields = nn.ModuleList(nn.Embedding(values, width, padding_idx=0) for values in sizes.behaviour_fields)
         self.user = nn.ModuleList(nn.Embedding(values, width, padding_idx=0) for values in sizes.user_fields)
         self.start = nn.Parameter(torch.randn(width) / math.sqrt(width))
@@ -239,7 +238,7 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.encoder_blocks))
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, history: History) -> Memory:
+    def forward(self, history: History, poi_codes: CodeTables, creative_codes: CodeTables) -> Memory:
         """Memory of B requests: the newest L behaviours, always padded to L, so that a request's numbers do not depend on its company."""
         missing = max(0, self.length - history.poi.shape[1])
 
@@ -248,7 +247,7 @@ class Encoder(nn.Module):
 
         poi, creative, fields = fitted(history.poi, NONE), fitted(history.creative, NONE), fitted(history.fields, 0)
         mask = (poi >= 0).all(-1)
-        token = self.poi.item(poi) + self.creative.item(creative) + self.age.weight.flip(0)
+        token = poi_codes.item(poi) + creative_codes.item(creative) + self.age.weight.flip(0)
         for column, table in enumerate(self.fields):
             token = token + table(fields[..., column])
         first = self.start.expand(len(token), -1)
@@ -280,7 +279,7 @@ class EgaV2(nn.Module):
         width = config.width
         self.poi_codes = CodeTables(sizes.poi_layers, sizes.poi_codes, width)
         self.creative_codes = CodeTables(sizes.creative_layers, sizes.creative_codes, width)
-        self.encoder = Encoder(config, sizes, self.poi_codes, self.creative_codes)
+        self.encoder = Encoder(config, sizes)
         self.page_start = nn.Parameter(torch.randn(width) / math.sqrt(width))
         self.poi_place = nn.Parameter(torch.randn(config.slots * sizes.poi_layers, width) / math.sqrt(width))
         self.poi_blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.decoder_blocks))
@@ -292,6 +291,10 @@ class EgaV2(nn.Module):
         self.creative_norm = nn.LayerNorm(width)
         self.reward = RewardModel(config, sizes, prior_ctr)
         self.payment = PaymentNetwork(config)
+
+    def encode(self, history: History) -> Memory:
+        """What decoders and reward model read of B requests."""
+        return self.encoder(history, self.poi_codes, self.creative_codes)
 
     def creative_start(self, state: Tensor, poi_codes: Tensor) -> Tensor:
         """Input of the creative decoder for the next POI: [RMSNorm(h); RMSNorm(embedding of the POI)], projected.
@@ -323,7 +326,7 @@ class EgaV2(nn.Module):
 
     def decoder(self, history: History, beams: int, slots: int) -> Callable[[slice], Decoding]:
         """What `beam.search` asks for: encodes some of the requests and decodes their pages."""
-        return lambda part: Decoding(self, self.encoder(history.rows(part)), beams, slots)
+        return lambda part: Decoding(self, self.encode(history.rows(part)), beams, slots)
 
     def stage_parameters(self, stage: str) -> list[nn.Parameter]:
         """What each training stage learns; everything else is frozen."""
@@ -470,7 +473,7 @@ class RewardModel(nn.Module):
             nn.init.constant_(tower.layers[-1].bias, math.log(prior_ctr / (1 - prior_ctr)))
 
     def states(self, memory: Memory, page: PageItems) -> Tensor:
-        """What attention made of every item, [B, K, D]."""
+        """What attention made of every item, [B, K, D]. There may be several pages a request, R * B in the order of the requests."""
         slots = page.poi.shape[1]
         mask = (page.poi >= 0).all(-1)
         x = self.poi_codes.item(page.poi) + self.creative_codes.item(page.creative) + self.slot.weight[:slots] + self.organic(page.organic.long())
@@ -498,7 +501,8 @@ class PageBlock(nn.Module):
         self.memory_attention = MemoryAttention(config.width, config.heads)
 
     def forward(self, x_BKD: Tensor, mask_BK: Tensor, memory: Memory) -> Tensor:
-        x_BKD = x_BKD + self.memory_attention(self.norm_memory(x_BKD), self.memory_attention.keys(memory), memory.bias)
+        tokens = self.norm_memory(x_BKD).reshape(len(memory.token), -1, x_BKD.shape[-1])  # a request's pages are so many tokens to its memory
+        x_BKD = x_BKD + self.memory_attention(tokens, self.memory_attention.keys(memory), memory.bias).view(x_BKD.shape)
         return self.encoder(x_BKD, mask_BK)
 
 

@@ -6,13 +6,24 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load
 from torch.nn import functional as F
 from v2_tiny import NETWORK, SIZES, history, market, network, page, page_items
 
+from model.bundle import state_bytes
 from model.ega_v2.beam import SearchConfig, search
 from model.ega_v2.network import Decoding, EgaV2, NetworkConfig, generation_losses
 
 SLOTS, LAYERS, PARTS = NETWORK.slots, SIZES.poi_layers, SIZES.creative_layers
+
+
+def test_weights_survive_storage() -> None:
+    """No tensor is stored twice, and the same weights give the same bytes."""
+    model, other = network(0), network(1)
+    data = state_bytes(model)
+    other.load_state_dict(load(data))
+    assert state_bytes(other) == data and len(load(data)) == len(list(model.parameters()))
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Encoder
@@ -20,24 +31,24 @@ SLOTS, LAYERS, PARTS = NETWORK.slots, SIZES.poi_layers, SIZES.creative_layers
 
 def test_padding_is_ignored_and_only_the_newest_behaviours_are_read() -> None:
     model, seen = network(), history(3, 6)
-    whole = model.encoder(seen)
+    whole = model.encode(seen)
     empty = (seen.poi < 0)[..., :1]
     padded = replace(seen, creative=torch.where(empty, 1, seen.creative), fields=torch.where(empty, 2, seen.fields))
     mask = whole.mask.unsqueeze(-1)
-    torch.testing.assert_close(model.encoder(padded).token * mask, whole.token * mask)
+    torch.testing.assert_close(model.encode(padded).token * mask, whole.token * mask)
     longer = history(3, 9, seed=1)
     recent = replace(longer, poi=longer.poi[:, 3:], creative=longer.creative[:, 3:], fields=longer.fields[:, 3:])
-    assert torch.equal(model.encoder(longer).token, model.encoder(recent).token)
+    assert torch.equal(model.encode(longer).token, model.encode(recent).token)
     short = replace(seen, poi=seen.poi[:, 4:], creative=seen.creative[:, 4:], fields=seen.fields[:, 4:])
     filled = replace(seen, poi=torch.where(torch.arange(6)[None, :, None] < 4, -1, seen.poi))
-    torch.testing.assert_close(model.encoder(short).token[:, -2:], model.encoder(filled).token[:, -2:])
+    torch.testing.assert_close(model.encode(short).token[:, -2:], model.encode(filled).token[:, -2:])
     assert whole.token.shape == (3, 7, NETWORK.width) and bool(torch.isfinite(whole.token).all())
 
 
 def test_a_user_without_history_is_still_somebody() -> None:
     model, seen = network(), history(2, 6)
     nobody = replace(seen, poi=torch.full_like(seen.poi, -1), user=torch.tensor([[1], [2]]))
-    memory = model.encoder(nobody)
+    memory = model.encode(nobody)
     assert memory.mask.sum().item() == 2 and bool(torch.isfinite(memory.token).all())
     assert not torch.allclose(memory.token[0, 0], memory.token[1, 0])
 
@@ -47,7 +58,7 @@ def test_every_part_of_a_history_is_read(what: str) -> None:
     model, seen = network(), history(1, 6)
     values = getattr(seen, what)
     changed = replace(seen, **{what: torch.where(values == 1, 2, 1)})
-    assert not torch.allclose(model.encoder(changed).token[:, 0], model.encoder(seen).token[:, 0])
+    assert not torch.allclose(model.encode(changed).token[:, 0], model.encode(seen).token[:, 0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -57,7 +68,7 @@ def test_every_part_of_a_history_is_read(what: str) -> None:
 def test_a_code_sees_what_is_before_it_and_nothing_else() -> None:
     """POI codes see POI codes only; creative codes see all POIs up to their own and the creative codes before, but for the last of each."""
     model, (poi, creative) = network(), page(1, full=True)
-    memory = model.encoder(history(1))
+    memory = model.encode(history(1))
     before = model.page_logits(memory, poi, creative)
     for slot in range(SLOTS):
         for layer in range(LAYERS):
@@ -81,7 +92,7 @@ def test_a_code_sees_what_is_before_it_and_nothing_else() -> None:
 
 def test_empty_slots_change_nothing_before_them() -> None:
     model, (poi, creative) = network(), page(2, full=True)
-    memory = model.encoder(history(2))
+    memory = model.encode(history(2))
     whole = model.page_logits(memory, poi, creative)
     cut_poi, cut_creative = poi.clone(), creative.clone()
     cut_poi[:, 2:], cut_creative[:, 2:] = -1, -1
@@ -95,7 +106,7 @@ def test_empty_slots_change_nothing_before_them() -> None:
 @torch.no_grad()
 def test_step_by_step_equals_whole_pages_however_the_beams_are_shuffled() -> None:
     model, beams, requests = network(), 5, 2
-    memory = model.encoder(history(requests))
+    memory = model.encode(history(requests))
     generator = torch.Generator().manual_seed(0)
     decoding = Decoding(model, memory, beams, SLOTS)
     poi = torch.full((requests, beams, SLOTS, LAYERS), -1)
@@ -132,7 +143,7 @@ def test_step_by_step_equals_whole_pages_however_the_beams_are_shuffled() -> Non
 def test_a_longer_page_than_the_network_knows_is_refused() -> None:
     model = network()
     with pytest.raises(ValueError, match="5 slots"):
-        Decoding(model, model.encoder(history(1)), 2, SLOTS + 1)
+        Decoding(model, model.encode(history(1)), 2, SLOTS + 1)
 
 
 @torch.inference_mode()
@@ -160,7 +171,7 @@ def test_pages_of_a_network_do_not_depend_on_the_batch() -> None:
 
 def test_losses_are_mean_cross_entropies_of_the_codes_that_are_there() -> None:
     model, (poi, creative) = network(), page(5)
-    logits = model.page_logits(model.encoder(history(5)), poi, creative)
+    logits = model.page_logits(model.encode(history(5)), poi, creative)
     ntp, mtp = generation_losses(logits, poi, creative)
     for found, table, codes in ((ntp, logits.poi, poi), (mtp, logits.creative, creative)):
         terms = [-F.log_softmax(table[place], -1)[codes[place]] for place in zip(*(codes >= 0).nonzero().unbind(1), strict=True)]
@@ -172,7 +183,7 @@ def test_losses_are_mean_cross_entropies_of_the_codes_that_are_there() -> None:
 
 def test_what_is_not_there_has_no_gradient() -> None:
     model, (poi, creative) = network(), page(5)
-    logits = model.page_logits(model.encoder(history(5)), poi, creative)
+    logits = model.page_logits(model.encode(history(5)), poi, creative)
     logits.poi.retain_grad()
     logits.creative.retain_grad()
     sum(generation_losses(logits, poi, creative)).backward()
@@ -185,13 +196,13 @@ def test_every_parameter_of_a_stage_learns_and_no_other() -> None:
     model, (poi, creative) = network(), page(8)
     stages = {stage: model.enter_stage(stage) for stage in ("reward", "payment", "pretrain")}
     assert sum(len(parameters) for parameters in stages.values()) == len(list(model.parameters()))
-    sum(generation_losses(model.page_logits(model.encoder(history(8)), poi, creative), poi, creative)).backward()
+    sum(generation_losses(model.page_logits(model.encode(history(8)), poi, creative), poi, creative)).backward()
     named = {id(parameter): name for name, parameter in model.named_parameters()}
     assert not [named[id(p)] for p in stages["pretrain"] if p.grad is None or not bool(p.grad.abs().sum() > 0)]
     assert all(p.grad is None for stage in ("reward", "payment") for p in stages[stage])
     model.zero_grad()
     parameters = model.enter_stage("reward")
-    rewards = model.reward(model.encoder(history(8)), page_items(8))
+    rewards = model.reward(model.encode(history(8)), page_items(8))
     sum(logit.square().sum() for logit in vars(rewards).values()).backward()
     assert not [named[id(p)] for p in parameters if p.grad is None or not bool(p.grad.abs().sum() > 0)]
     assert all(p.grad is None for p in stages["pretrain"])
@@ -200,7 +211,7 @@ def test_every_parameter_of_a_stage_learns_and_no_other() -> None:
 def test_the_creative_loss_teaches_the_poi_decoder() -> None:
     """Multi-token prediction: L_MTP reaches the POI decoder through h."""
     model, (poi, creative) = network(), page(3, full=True)
-    generation_losses(model.page_logits(model.encoder(history(3)), poi, creative), poi, creative)[1].backward()
+    generation_losses(model.page_logits(model.encode(history(3)), poi, creative), poi, creative)[1].backward()
     assert all(bool(p.grad.abs().sum() > 0) for p in model.poi_blocks.parameters())
 
 
@@ -210,7 +221,7 @@ def test_the_creative_loss_teaches_the_poi_decoder() -> None:
 
 def test_rewards_depend_on_the_order_and_on_the_company() -> None:
     model, items = network(), page_items(1, full=True)
-    memory = model.encoder(history(1))
+    memory = model.encode(history(1))
     before = model.reward(memory, items)
     swap = torch.tensor([1, 0, 2, 3])
     swapped = model.reward(memory, type(items)(*(values[:, swap] for values in vars(items).values())))
@@ -225,7 +236,7 @@ def test_rewards_depend_on_the_order_and_on_the_company() -> None:
 @pytest.mark.parametrize("what", ["creative", "organic", "poi_features", "creative_features"])
 def test_every_part_of_an_item_is_read(what: str) -> None:
     model, items = network(), page_items(1, full=True)
-    memory = model.encoder(history(1))
+    memory = model.encode(history(1))
     values = getattr(items, what)
     changed = ~values if what == "organic" else (values + 1) % SIZES.creative_codes if what == "creative" else values + 1
     assert not torch.allclose(model.reward(memory, replace(items, **{what: changed})).poi_click, model.reward(memory, items).poi_click)
@@ -233,7 +244,7 @@ def test_every_part_of_an_item_is_read(what: str) -> None:
 
 def test_empty_slots_of_a_page_are_ignored() -> None:
     model, items = network(), page_items(6)
-    memory = model.encoder(history(6))
+    memory = model.encode(history(6))
     empty = (items.poi < 0).any(-1)
     assert bool(empty.any())
     junk = replace(items, creative=torch.where(empty.unsqueeze(-1), 1, items.creative), poi_features=torch.where(empty.unsqueeze(-1), 9.0, items.poi_features))
@@ -246,14 +257,14 @@ def test_empty_slots_of_a_page_are_ignored() -> None:
 def test_an_untrained_tower_says_the_prior() -> None:
     torch.manual_seed(0)
     model = EgaV2(NETWORK, SIZES, prior_ctr=0.03)
-    rewards = model.reward(model.encoder(history(2)), page_items(2))
+    rewards = model.reward(model.encode(history(2)), page_items(2))
     for tower in vars(rewards).values():
         torch.testing.assert_close(torch.sigmoid(tower), torch.full_like(tower, 0.03))
 
 
 def test_payments_lie_between_reserve_and_bid_and_organic_items_pay_nothing() -> None:
     model = network()
-    states = model.reward.states(model.encoder(history(50)), page_items(50, slots=3))
+    states = model.reward.states(model.encode(history(50)), page_items(50, slots=3))
     generator = torch.Generator().manual_seed(1)
     bid = torch.randn(50, 3, generator=generator).exp() * (torch.rand(50, 3, generator=generator) < 0.7)
     reserve, exposure = 0.6 * bid * torch.rand(50, 3, generator=generator), torch.rand(50, 3, generator=generator)
