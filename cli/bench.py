@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 
-def bench(name: str, out: Path | None, run: Path | None = None, plot: Path | None = None, steps: int | None = None) -> int:
-    """Run a benchmark by name; some need the folder of a finished run."""
+def bench(
+    name: str, out: Path | None, run: Path | None = None, plot: Path | None = None, steps: int | None = None,
+    data: Path | None = None, seed: int | None = None, quick: bool = False,
+) -> int:  # fmt: skip
+    """Run a benchmark by name; some need the folder of a finished run, some a folder of other people's data."""
+    from benchmarks.anchors import ON_DATA, measure
     from benchmarks.auctions import ON_RUN
     from benchmarks.speed import BENCHMARKS
     from model.bundle import write_atomic
@@ -18,18 +22,22 @@ def bench(name: str, out: Path | None, run: Path | None = None, plot: Path | Non
 
     if steps is not None and name != "payments":
         raise ValueError(f"benchmark {name} takes no --steps; only payments trains anything")
-    if name in ON_RUN:
+    if name not in ON_DATA and (data is not None or seed is not None or quick):
+        raise ValueError(f"benchmark {name} takes no --data, --seed or --quick; {', '.join(ON_DATA)} do")
+    if name in ON_DATA:
+        result = measure(name, data, seed or 0, quick)
+    elif name in ON_RUN:
         if run is None:
             raise ValueError(f"benchmark {name} measures a finished run: add --run RUN, e.g. the folder that `ega run config/quickstart.yaml` wrote")
         result = ON_RUN[name](run) if steps is None else ON_RUN[name](run, steps=steps)
     elif name in BENCHMARKS:
         result = BENCHMARKS[name]()
     else:
-        raise ValueError(f"no benchmark {name!r}; there are {', '.join([*BENCHMARKS, *ON_RUN])}")
+        raise ValueError(f"no benchmark {name!r}; there are {', '.join([*BENCHMARKS, *ON_RUN, *ON_DATA])}")
     if plot is not None and "series" not in result:
         raise ValueError(f"benchmark {name} has no course to plot")
     for key, value in result.items():
-        if key not in ("table", "series", "axes"):
+        if key not in ("table", "series", "axes") and not isinstance(value, dict | list):
             print(f"{key:<28}{value:.4g}" if isinstance(value, float) else f"{key:<28}{value}")
     if "table" in result:
         print(markdown(result["table"]))

@@ -158,16 +158,19 @@ def doctor() -> None:
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="cluster-attention, auction, sampling, generator, oracle; on a finished run: payments, bidders.")],
+    name: Annotated[str, typer.Argument(help="cluster-attention, auction, sampling, generator, oracle; on a finished run: payments, bidders; on other people's data: sequential, next-poi, serp.")],
     out: Annotated[Optional[Path], typer.Option(help="Also write the figures to this JSON file.")] = None,  # noqa: UP045
     run: Annotated[Optional[Path], typer.Option(help="Folder of a finished run, for payments and bidders.")] = None,  # noqa: UP045
     plot: Annotated[Optional[Path], typer.Option(help="Also draw the course of bidders into this SVG file.")] = None,  # noqa: UP045
     steps: Annotated[Optional[int], typer.Option(min=1, help="Optimiser steps of every payment network in payments (default: the run's).")] = None,  # noqa: UP045
+    data: Annotated[Optional[Path], typer.Option(help="Folder of data for sequential, next-poi and serp, or its name under $EGA_DATA (default: games, nyc, serp there).")] = None,  # noqa: UP045
+    seed: Annotated[Optional[int], typer.Option(help="Seed of sequential, next-poi and serp (default 0).")] = None,  # noqa: UP045
+    quick: Annotated[bool, typer.Option("--quick", help="sequential, next-poi, serp: a tiny training that shows that everything works, not how well.")] = False,
 ) -> None:
-    """Measure speed (medians and ratios within one run), or what pricing rules do to honesty and revenue."""
+    """Measure speed (medians and ratios within one run), what pricing rules do to honesty and revenue, or models on other people's data."""
     from cli.bench import bench as command
 
-    raise typer.Exit(_guarded(lambda: command(name, out, run, plot, steps)))
+    raise typer.Exit(_guarded(lambda: command(name, out, run, plot, steps, data, seed, quick)))
 
 
 def _guarded(command: object) -> int:
