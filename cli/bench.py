@@ -22,12 +22,13 @@ def _load(run: Path, seconds: float = 60.0) -> dict[str, Any]:
 
 def benchmarks() -> dict[str, Callable[..., dict[str, Any]]]:
     """Every benchmark by name. Its parameters are the options that it takes."""
+    from benchmarks.anchors import ON_DATA, anchor
     from benchmarks.auctions import ON_RUN
     from benchmarks.flops import flops
     from benchmarks.speed import BENCHMARKS
     from benchmarks.tables import TABLES
 
-    return {**BENCHMARKS, **ON_RUN, **TABLES, "flops": flops, "load": _load}
+    return {**BENCHMARKS, **ON_RUN, **TABLES, "flops": flops, "load": _load, **{name: anchor(name) for name in ON_DATA}}
 
 
 def bench(name: str, out: Path | None = None, plot: Path | None = None, **options: Any) -> int:
