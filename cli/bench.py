@@ -11,6 +11,7 @@ from typing import Any
 def bench(name: str, out: Path | None, run: Path | None = None, plot: Path | None = None, steps: int | None = None) -> int:
     """Run a benchmark by name; some need the folder of a finished run."""
     from benchmarks.auctions import ON_RUN
+    from benchmarks.experiments import EXPERIMENTS
     from benchmarks.speed import BENCHMARKS
     from model.bundle import write_atomic
     from model.evaluation.evaluate import finite_only
@@ -22,10 +23,10 @@ def bench(name: str, out: Path | None, run: Path | None = None, plot: Path | Non
         if run is None:
             raise ValueError(f"benchmark {name} measures a finished run: add --run RUN, e.g. the folder that `ega run config/quickstart.yaml` wrote")
         result = ON_RUN[name](run) if steps is None else ON_RUN[name](run, steps=steps)
-    elif name in BENCHMARKS:
-        result = BENCHMARKS[name]()
+    elif name in BENCHMARKS or name in EXPERIMENTS:
+        result = (BENCHMARKS | EXPERIMENTS)[name]()
     else:
-        raise ValueError(f"no benchmark {name!r}; there are {', '.join([*BENCHMARKS, *ON_RUN])}")
+        raise ValueError(f"no benchmark {name!r}; there are {', '.join([*BENCHMARKS, *EXPERIMENTS, *ON_RUN])}")
     if plot is not None and "series" not in result:
         raise ValueError(f"benchmark {name} has no course to plot")
     for key, value in result.items():
