@@ -1,12 +1,12 @@
-"""`ega ab`: simulated users against the live service, two arms, then the report."""
+"""`ega ab`: simulated users against live services, two or more arms, then the report."""
 
 from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from marketplace.worlds import World
     from monitoring.experiment import DriverConfig, ExperimentSummary
     from monitoring.report import MonitorConfig, MonitorResult
-    from serving.settings import ServingConfig
+    from monitoring.shadow import ShadowResult
+    from monitoring.verdict import ExperimentPlan
+    from serving.settings import Arm, ServingConfig
 
 
 class AbError(RuntimeError):
@@ -33,38 +35,126 @@ def _set_aside(home: Path) -> None:
     print(f"The event log of earlier traffic was kept as {home / f'events-{number}'}", file=sys.stderr)
 
 
+KINDS = ("bootstrap", "model")
+"""Policies that one service can hold beside each other; any other policy is the exact tag of a model, which gets a service of its own."""
+
+
+@dataclass(frozen=True)
+class _Services:
+    """What the driver talks to, and whose event logs are the experiment's."""
+
+    url: str
+    homes: list[Path]
+    address: Callable[[int], str] | None = None
+    shadow_url: str | None = None
+
+
+def _policies(plan: ExperimentPlan, driver: DriverConfig) -> dict[str, str]:
+    """Policy of every arm of the plan. Raises AbError where the two do not fit."""
+    if set(driver.other_policies) != set(plan.others):
+        named = ", ".join(sorted(set(driver.other_policies) ^ set(plan.others)))
+        raise AbError(f"arms {named}: experiment.driver.other_policies must name a policy for exactly the arms of experiment.monitor.plan.others")
+    return {plan.control: driver.control_policy, plan.treatment: driver.treatment_policy, **driver.other_policies}
+
+
+def _arm(name: str, policy: str, share: float) -> tuple[Arm, str]:
+    """An arm of a service and, for an exact model, its tag."""
+    from serving.settings import Arm
+
+    return (Arm(name, policy, share), "") if policy in KINDS else (Arm(name, "model", share), policy)
+
+
+def _own_home(home: Path, folder: Path) -> Path:
+    """A home with the stores of another one and an event log of its own: request ids are keys, and two services must not share them."""
+    folder.mkdir(parents=True)
+    for name in ("feast", "bentoml"):
+        (folder / name).symlink_to((home / name).resolve(), target_is_directory=True)
+    return folder
+
+
+def _settings_of(arm: Arm, tag: str, home: Path, folder: Path, base: ServingConfig) -> ServingConfig:
+    """Settings of a service that runs one arm."""
+    return replace(base, home=_own_home(home, folder / arm.name), signing_home=base.key_home, model_tag=tag or base.model_tag, arms=(arm,))
+
+
 @contextmanager
-def _service(url: str | None, settings: ServingConfig, log: Path) -> Iterator[str]:
-    """The given service, or one of our own for the length of the block."""
-    if url is not None:
-        yield url
-        return
+def _services(home: Path, url: str | None, plan: ExperimentPlan, driver: DriverConfig, base: ServingConfig, out: Path) -> Iterator[_Services]:
+    """The given service, or our own for the length of the block: one for all arms where it can hold them, else one an arm."""
+    from serving.assignment import assign_arm
     from serving.launch import running_service
 
-    _set_aside(settings.home)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with running_service(settings, log=log) as service:
-        yield service.url
+    policies = _policies(plan, driver)
+    if url is not None:
+        if driver.shadow:
+            raise AbError("shadow mode starts its own services; leave --url out")
+        yield _Services(url, [home])
+        return
+    with ExitStack() as stack:
+
+        def start(settings: ServingConfig, name: str) -> str:
+            return stack.enter_context(running_service(settings, log=out / f"{name}.log")).url
+
+        out.mkdir(parents=True, exist_ok=True)
+        if driver.shadow:
+            shown, unseen = (_arm(name, policies[name], 1.0) for name in (plan.control, plan.treatment))
+            urls = [start(_settings_of(*pair, home, out / "homes", base), name) for pair, name in ((shown, "service"), (unseen, "shadow"))]
+            yield _Services(urls[0], [out / "homes" / plan.control], None, urls[1])
+            return
+        pairs = [_arm(name, policies[name], share) for name, share in plan.shares.items()]
+        arms = [arm for arm, _ in pairs]
+        if not any(tag for _, tag in pairs):
+            _set_aside(home)
+            yield _Services(start(replace(base, home=home, arms=tuple(arms), salt=driver.salt), "service"), [home])
+            return
+        by_arm = {arm.name: start(_settings_of(arm, tag, home, out / "homes", base), f"service-{arm.name}") for arm, tag in pairs}
+        yield _Services(by_arm[plan.control], [out / "homes" / arm.name for arm in arms], lambda user_id: by_arm[assign_arm(user_id, driver.salt, arms)])
 
 
-def _export(home: Path, world: World, reference: Path, out: Path) -> None:
-    """The service's event log as a complete folder of logs: with catalogue, profiles and the visits that happened meanwhile."""
+def _export(homes: list[Path], world: World, reference: Path, out: Path) -> None:
+    """The services' event logs as one complete folder of logs: with catalogue, profiles and the visits that happened meanwhile."""
     import pandas as pd
 
-    from marketplace.logs import read_table
-    from serving.event_log import export_logs
+    from marketplace.logs import read_table, write_manifest, write_table
+    from serving.event_log import read_behaviours, read_impressions, read_requests
     from serving.settings import event_log_path
 
     requests = world.live_requests()
     first, last = (requests["event_timestamp"].agg(which).floor("D") for which in ("min", "max"))
-    days = [day.date() for day in pd.date_range(first, last, freq="D")]
+    since, until = first.to_pydatetime(), (last + pd.Timedelta(days=1)).to_pydatetime()
     known = set(world.state.live_days)
-    catalogue = pd.concat([world.ad_table(day) for day in days if day in known], ignore_index=True)
-    until = last + pd.Timedelta(days=1)
-    path = event_log_path(home)
-    if not path.exists():
-        raise AbError(f"the service's event log {path} does not exist; with --url, --home must be the home that the service runs on")
-    export_logs(path, out, first.to_pydatetime(), until.to_pydatetime(), ads=catalogue, users=read_table(reference, "users"), behaviours=world.live_behaviours())
+    tables = {"ads": pd.concat([world.ad_table(day.date()) for day in pd.date_range(first, last, freq="D") if day.date() in known], ignore_index=True)}
+    tables["users"] = read_table(reference, "users")
+    paths = [event_log_path(home) for home in homes]
+    for path in paths:
+        if not path.exists():
+            raise AbError(f"the service's event log {path} does not exist; with --url, --home must be the home that the service runs on")
+    for name, read in (("requests", read_requests), ("impressions", read_impressions)):
+        tables[name] = pd.concat([read(path, since, until) for path in paths], ignore_index=True)
+    clicks = [read_behaviours(path, since, until) for path in paths]
+    tables["behaviours"] = pd.concat([world.live_behaviours(), *clicks], ignore_index=True).drop_duplicates("behaviour_id", keep="last", ignore_index=True)
+    for name, frame in tables.items():
+        if len(frame):
+            write_table(out, name, frame)
+    write_manifest(out, {"source": "event log", "rows": {name: len(frame) for name, frame in tables.items()}})
+
+
+def _prices(homes: list[Path], out: Path) -> None:
+    """`prices.parquet`: what each shown ad was to pay for a click, and its critical price where the policy knows one (docs/auction.md)."""
+    import pandas as pd
+
+    from marketplace.logs import write_bytes
+    from serving.event_log import read_receipts
+    from serving.settings import event_log_path
+
+    rows = [(r["request_id"], r["slot"], r["price"], r["critical_price"]) for home in homes for r in read_receipts(event_log_path(home))]
+    frame = pd.DataFrame(rows, columns=["request_id", "slot", "charged", "critical"]).astype({"critical": "float64"})
+    write_bytes(out / "prices.parquet", frame.to_parquet(index=False))
+
+
+def _check_run(run: Path) -> None:
+    for folder, what in ((run / "world", "simulated users"), (run / "logs", "logs of the reference period")):
+        if not folder.is_dir():
+            raise AbError(f"{folder} is missing: `ega ab` needs the {what} of a run that simulated its logs; run `ega run CONFIG` first")
 
 
 def execute(
@@ -77,36 +167,57 @@ def execute(
     token: str | None = None,
     progress: bool = True,
     title: str = "Experiment",
-) -> tuple[ExperimentSummary, MonitorResult]:
+) -> tuple[ExperimentSummary, MonitorResult | ShadowResult]:
     """Serve (unless `url` names a service), drive, export, judge. Everything lands in `<run>/experiment/`.
 
     Args:
         run: folder of a finished run: its `world/` has the users and the live days, its `logs/` are the reference period.
         home: state of the named configuration; the approved model and the event log live there.
-        serving: settings of the service to start; arms and salt are set from the plan.
+        serving: settings of the services to start; arms and salt are set from the plan.
+    Returns what the clients saw, and the report (in shadow mode: the comparison of pages).
     Raises AbError, ExperimentError, and the serving errors (ApprovalError without an approved model, StartError).
     """
     from marketplace.worlds import World
     from monitoring.experiment import DriverConfig, run_experiment
     from monitoring.report import MonitorConfig, monitor
-    from serving.settings import Arm, ServingConfig
+    from monitoring.shadow import compare
+    from serving.settings import ServingConfig
 
     monitoring, driver = monitoring or MonitorConfig(), driver or DriverConfig()
-    reference, out = run / "logs", run / "experiment"
-    for folder, what in ((run / "world", "simulated users"), (reference, "logs of the reference period")):
-        if not folder.is_dir():
-            raise AbError(f"{folder} is missing: `ega ab` needs the {what} of a run that simulated its logs; run `ega run CONFIG` first")
-    plan = monitoring.plan
-    arms = (Arm(plan.control, "bootstrap", 1 - plan.treatment_share), Arm(plan.treatment, driver.treatment_policy, plan.treatment_share))
+    reference, out, plan = run / "logs", run / "experiment", monitoring.plan
+    _check_run(run)
     # Features stay those of the reference period: the users' visits of these days are not pushed either, and a repeated experiment starts alike.
-    settings = replace(serving or ServingConfig(home=home), home=home, arms=arms, salt=driver.salt, push_events=False)
+    base = replace(serving or ServingConfig(home=home), home=home, push_events=False)
+    _policies(plan, driver)
     if out.exists():
         shutil.rmtree(out)
     world = World.load(run / "world")
-    with _service(url, settings, out / "service.log") as base_url:
-        summary = run_experiment(world, base_url, out, driver.workers, progress, token, driver.most_requests, driver.seed)
-    _export(home, world, reference, out / "logs")
+    with _services(home, url, plan, driver, base, out) as services:
+        summary = run_experiment(world, services.url, out, driver, progress, token, plan.treatments, services.address, services.shadow_url)
+    if driver.shadow:
+        return summary, compare(out, plan.control, plan.treatment, title)
+    _export(services.homes, world, reference, out / "logs")
+    _prices(services.homes, out)
     return summary, monitor(out / "logs", out, monitoring, reference, out, title)
+
+
+def plan_text(run: Path, monitoring: MonitorConfig | None = None, driver: DriverConfig | None = None) -> str:
+    """How long to run, before the start: users needed for the lift that is worth acting on, and what the run's users can find."""
+    from marketplace.worlds import World
+    from monitoring.experiment import DriverConfig, draw_users
+    from monitoring.facts import per_user, read_facts
+    from monitoring.planning import Plan, plan
+    from monitoring.report import MonitorConfig
+
+    monitoring, driver = monitoring or MonitorConfig(), driver or DriverConfig()
+    _check_run(run)
+    requests = draw_users(World.load(run / "world").live_requests(), driver.most_requests, driver.seed)
+    days = int(requests["event_timestamp"].dt.floor("D").nunique())
+    before = read_facts(run / "logs", monitoring.plan.window_hours)
+    last = sorted(before.requests["day"].unique())[-max(1, days) :]
+    recent = type(before)(before.requests[before.requests["day"].isin(last)], before.impressions[before.impressions["day"].isin(last)], before.counts)
+    found: Plan = plan(per_user(recent), monitoring.plan, requests["user_id"].nunique(), days)
+    return found.text()
 
 
 def ab(
@@ -124,12 +235,14 @@ def ab(
     from cli.monitor import describe
     from marketplace.logs import LogError
     from monitoring.experiment import ExperimentError
-    from monitoring.report import EXIT_CODES
+    from monitoring.report import EXIT_CODES, MonitorResult
     from serving.launch import StartError
     from serving.settings import SettingsError
     from serving.store import ApprovalError
 
     try:
+        if not (driver and driver.shadow):
+            print(plan_text(run, monitoring, driver))
         summary, result = execute(run, home, monitoring, driver, serving, url, token, progress, title)
     except ApprovalError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -139,5 +252,8 @@ def ab(
         return 1
     rate = summary.answered / summary.seconds if summary.seconds else 0.0
     print(f"{summary.answered:,} requests answered in {summary.seconds:.0f} s ({rate:.0f}/s), {summary.errors} failed, {summary.clicks:,} clicks, {summary.purchases:,} purchases")
+    if not isinstance(result, MonitorResult):
+        print(result.text())
+        return 0
     print(describe(result))
     return EXIT_CODES["critical"] if result.analysis.verdict.code == "invalid" else 0

@@ -24,11 +24,12 @@ def benchmarks() -> dict[str, Callable[..., dict[str, Any]]]:
     """Every benchmark by name. Its parameters are the options that it takes."""
     from benchmarks.anchors import ON_DATA, anchor
     from benchmarks.auctions import ON_RUN
+    from benchmarks.experiments import EXPERIMENTS
     from benchmarks.flops import flops
     from benchmarks.speed import BENCHMARKS
     from benchmarks.tables import TABLES
 
-    return {**BENCHMARKS, **ON_RUN, **TABLES, "flops": flops, "load": _load, **{name: anchor(name) for name in ON_DATA}}
+    return {**BENCHMARKS, **EXPERIMENTS, **ON_RUN, **TABLES, "flops": flops, "load": _load, **{name: anchor(name) for name in ON_DATA}}
 
 
 def bench(name: str, out: Path | None = None, plot: Path | None = None, **options: Any) -> int:
@@ -46,7 +47,7 @@ def bench(name: str, out: Path | None = None, plot: Path | None = None, **option
     wrong = [option for option in given if option not in takes]
     if wrong:
         others = [other for other, function in known.items() if wrong[0] in inspect.signature(function).parameters]
-        raise ValueError(f"benchmark {name} takes no --{wrong[0]}" + (f"; {', '.join(others)} do" if others else ""))
+        raise ValueError(f"benchmark {name} takes no --{wrong[0]}" + (f"; only {', '.join(others)} can" if others else ""))
     if "run" in takes and "run" not in given:
         raise ValueError(f"benchmark {name} measures a finished run: add --run RUN, e.g. the folder that `ega run config/quickstart.yaml` wrote")
     shown = "".join(f" --{option}" + ("" if value is True else f" {value}") for option, value in given.items())

@@ -149,24 +149,37 @@ def ab(
     run: Annotated[Optional[str], typer.Option(help="Run whose world gives the users; default: the newest of this configuration.")] = None,  # noqa: UP045
     runs: Runs = Path("runs"),
     url: Annotated[Optional[str], typer.Option(help="Service to drive; default: start one for the experiment.")] = None,  # noqa: UP045
+    plan: Annotated[bool, typer.Option("--plan", help="Say how many users the experiment needs and what it can find; start nothing.")] = False,
+    aa: Annotated[bool, typer.Option("--aa", help="A/A test: the control's policy in both arms; must show no difference.")] = False,
+    shadow: Annotated[bool, typer.Option("--shadow", help="Users see the control only; the treatment answers the same requests unseen.")] = False,
 ) -> None:
-    """Drive the live service with simulated users in two arms, then report."""
+    """Drive live services with simulated users in two or more arms, then report."""
     from cli.run import ab_command
 
-    raise typer.Exit(_guarded(lambda: ab_command(config, run, runs, url)))
+    raise typer.Exit(_guarded(lambda: ab_command(config, run, runs, url, plan, aa, shadow)))
 
 
 @app.command()
 def monitor(
-    traffic: Annotated[Path, typer.Argument(help="Folder of logs with the experiment's traffic, or a run folder.")],
+    traffic: Annotated[Optional[Path], typer.Argument(help="Folder of logs with the experiment's traffic, or a run folder.", show_default=False)] = None,  # noqa: UP045
     reference: Annotated[Optional[Path], typer.Option(help="Folder of logs to compare drift with.")] = None,  # noqa: UP045
     out: Annotated[Optional[Path], typer.Option(help="Where the report goes; default: beside the traffic.")] = None,  # noqa: UP045
     config: Annotated[Optional[Path], typer.Option(help="Run configuration with the experiment's plan.")] = None,  # noqa: UP045
+    retrain: Annotated[bool, typer.Option("--retrain", help="On a drift or calibration alarm train on reference and traffic; the gates judge the result.")] = False,
+    workspace: Annotated[Optional[Path], typer.Option(help="Evidently workspace that keeps a snapshot of every report; --ui shows it.")] = None,  # noqa: UP045
+    ui: Annotated[bool, typer.Option("--ui", help="Serve Evidently's dashboard on the workspace (default: workspace/) after the report, until Ctrl-C.")] = False,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of --ui, on 127.0.0.1.")] = 8000,
 ) -> None:
     """Join events, compare arms, measure drift; writes one HTML page and JSON. Exit code 4: drift, 5: invalid or harmful."""
-    from cli.run import monitor_command
+    from cli.run import monitor_command, monitor_ui_command
 
-    raise typer.Exit(_guarded(lambda: monitor_command(traffic, reference, out, config)))
+    if traffic is None and not ui:
+        raise typer.BadParameter("give a folder of traffic, or --ui to look at the reports of a workspace", param_hint="TRAFFIC")
+    store = workspace or (Path("workspace") if ui else None)
+    code = 0 if traffic is None else _guarded(lambda: monitor_command(traffic, reference, out, config, store, retrain))
+    if ui and store is not None and code in (0, 4, 5):
+        code = _guarded(lambda: monitor_ui_command(store, "127.0.0.1", port)) or code
+    raise typer.Exit(code)
 
 
 @app.command("replay-price")
@@ -200,7 +213,7 @@ def doctor() -> None:
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="Speed and cost: latency, load, v2-decode, cluster-attention, auction, sampling, generator, oracle, flops. On a finished run: payments, bidders. The paper's tables: table1, table2, table3, scaling. Other people's data: sequential, next-poi, serp.")],
+    name: Annotated[str, typer.Argument(help="Speed and cost: latency, load, v2-decode, cluster-attention, auction, sampling, generator, oracle, flops. On a finished run: payments, bidders. Experiments: ab, alarms, events. The paper's tables: table1, table2, table3, scaling. Other people's data: sequential, next-poi, serp.")],
     out: Annotated[Optional[Path], typer.Option(help="Also write the figures to this JSON file.")] = None,  # noqa: UP045
     run: Annotated[Optional[Path], typer.Option(help="Folder of a finished run, for payments, bidders and load.")] = None,  # noqa: UP045
     plot: Annotated[Optional[Path], typer.Option(help="Also draw the course of bidders into this SVG file.")] = None,  # noqa: UP045

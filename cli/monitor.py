@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ def describe(result: MonitorResult) -> str:
     from monitoring.verdict import HEADLINE
 
     record = result.analysis.result
-    control, treatment = record["arms"]
+    control, treatment = list(record["arms"])[0], record["treatment"]
     lines = ["", result.analysis.verdict.headline, f"  {result.analysis.verdict.sentence}", *[f"  - {reason}" for reason in result.analysis.verdict.reasons], ""]
     lines.append(f"  {'':34}{control:>12}{treatment:>12}   lift (95 % interval)")
     lines.append(f"  {'Users':34}{number(record['arms'][control]['users']):>12}{number(record['arms'][treatment]['users']):>12}")
@@ -24,8 +25,12 @@ def describe(result: MonitorResult) -> str:
         row = record["lifts"][name]
         lift = f"{percent(row['lift'])} ({percent(row['lift_low'])} to {percent(row['lift_high'])})" if row["relative_is_safe"] else "too uncertain for a relative lift"
         lines.append(f"  {row['label']:34}{number(row['control']):>12}{number(row['treatment']):>12}   {lift}")
-    drifted = [row.name for row in result.drift if row.drifted]
-    lines += ["", f"  Drift: {', '.join(drifted) if drifted else 'none'} ({len(result.drift)} quantities watched)", f"  Report: {result.report}"]
+    for arm, other in list(record["treatments"].items())[1:]:
+        row = other["lifts"][record["primary"]]
+        lines.append(f"  {arm}: {row['label'].split(',')[0]} {percent(row['lift'])} ({percent(row['lift_low'])} to {percent(row['lift_high'])}). {other['verdict']['headline']}.")
+    lines.append("")
+    lines += [f"  ! {text}" for text in result.alarms] or [f"  No alarm: {len(result.drift)} quantities, the arms' calibration and the click rates of all segments are as before."]
+    lines.append(f"  Report: {result.report}")
     return "\n".join(lines)
 
 
@@ -36,11 +41,14 @@ def monitor(
     out: Path | None = None,
     config: MonitorConfig | None = None,
     title: str = "Experiment",
+    workspace: Path | None = None,
+    train: Callable[[Path], int] | None = None,
 ) -> int:
     """Judge the experiment of a run, or any folder of logs with two arms.
 
     Args: run, a run folder (its `experiment/` is judged against its `logs/`); traffic, a folder of logs instead; reference, logs of the period before;
-    out, where the report goes (default: the run's `experiment/`, or `report/` beside the traffic).
+    out, where the report goes (default: the run's `experiment/`, or `report/` beside the traffic); workspace, Evidently workspace that gets a snapshot;
+    train, what starts the training pipeline on a folder of logs where the alarms call for it (its exit code is then returned).
     Returns 0 nothing to act on, 4 drift or calibration alarm, 5 invalid experiment or harm, 1 error, 2 wrong call.
     """
     if (run is None) == (traffic is None):
@@ -58,9 +66,24 @@ def monitor(
         print(f"error: {traffic} is not there; `ega ab` writes it", file=sys.stderr)
         return 1
     try:
-        result = judge(traffic, out or traffic.parent / "report", config, reference, experiment, title)
+        out = out or traffic.parent / "report"
+        result = judge(traffic, out, config, reference, experiment, title, workspace)
+        print(describe(result))
+        if train is None:
+            return result.exit_code
+        if not result.retraining:
+            print("  No retraining: " + ("nothing that a training can answer has moved" if result.severity != "critical" else "traffic of a broken or harmful experiment is not learnt from"))
+            return result.exit_code
+        if reference is None:
+            raise ValueError("a retraining needs the logs of the period before: give a reference")
+        from monitoring.retraining import merge_logs
+
+        joined = out / "logs" if (traffic / "events").is_dir() else traffic
+        logs = out / f"retrain-{result.retraining_day}"
+        if not logs.exists():
+            merge_logs(reference, joined, logs)
     except (LogError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(describe(result))
-    return result.exit_code
+    print(f"  Retraining because of {', '.join(result.retraining)}, on {logs}")
+    return train(logs)

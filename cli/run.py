@@ -177,9 +177,13 @@ def _truth(run_dir: Path) -> dict[str, Any]:
 def _experiment(config: RunConfig, run_dir: Path, home: Path) -> dict[str, Any]:
     from cli.ab import execute
     from cli.monitor import describe
+    from monitoring.report import MonitorResult
 
     summary, result = execute(run_dir, home, config.experiment.monitor, config.experiment.driver, title=f"{run_dir.name}: experiment")
     say(f"  {summary.answered:,} requests answered, {summary.errors} failed, {summary.clicks:,} clicks")
+    if not isinstance(result, MonitorResult):
+        say(result.text())
+        return {"answered": summary.answered, "errors": summary.errors, "clicks": summary.clicks, "report": str(result.report), "exit_code": 0}
     say(describe(result))
     return {"answered": summary.answered, "errors": summary.errors, "clicks": summary.clicks, "report": str(result.report), "exit_code": result.exit_code}
 
@@ -251,23 +255,57 @@ def _newest_run(name: str, runs: Path) -> Path:
     return max(candidates, key=lambda path: path.stat().st_mtime).resolve()
 
 
-def ab_command(config_path: Path, run: str | None, runs: Path, url: str | None) -> int:
-    """Drive a service with the users of a run's world."""
-    from cli.ab import ab
+def ab_command(config_path: Path, run: str | None, runs: Path, url: str | None, plan_only: bool = False, aa: bool = False, shadow: bool = False) -> int:
+    """Drive services with the users of a run's world; `plan_only`: say how long to run, and stop."""
+    import dataclasses
+
+    from cli.ab import ab, plan_text
     from pipelines.config import load_run_config
 
     config = load_run_config(config_path)
     run_dir = _newest_run(config.name, runs) if run is None else next((p.resolve() for p in (runs / run, Path(run)) if p.is_dir()), runs / run)
+    driver = config.experiment.driver
+    if aa and shadow:
+        raise ValueError("give either --aa or --shadow")
+    if aa:
+        driver = dataclasses.replace(driver, treatment_policy=driver.control_policy)
+    if shadow:
+        driver = dataclasses.replace(driver, shadow=True)
+    if plan_only:
+        say(plan_text(run_dir, config.experiment.monitor, driver))
+        return 0
     token = os.environ.get("EGA_SERVING_TOKEN")
-    return ab(run_dir, ega_home() / config.name, config.experiment.monitor, config.experiment.driver, url=url, token=token)
+    return ab(run_dir, ega_home() / config.name, config.experiment.monitor, driver, url=url, token=token)
 
 
-def monitor_command(traffic: Path, reference: Path | None, out: Path | None, config_path: Path | None) -> int:
-    """Report on a folder of traffic, or on a run's experiment."""
+def monitor_command(traffic: Path, reference: Path | None, out: Path | None, config_path: Path | None, workspace: Path | None = None, retrain: bool = False) -> int:
+    """Report on a folder of traffic, or on a run's experiment; `retrain`: train again where the alarms call for it."""
     from cli.monitor import monitor
     from pipelines.config import load_run_config
 
+    of_run = (traffic / "experiment" / "logs").is_dir()
+    if retrain and config_path is None:
+        config_path = traffic / "config.yaml" if of_run and (traffic / "config.yaml").is_file() else None
+        if config_path is None:
+            raise ValueError("--retrain needs the configuration to train with: add --config CONFIG")
+    if retrain and reference is None and not of_run:
+        raise ValueError("--retrain needs the logs of the period before: add --reference DIR")
     settings = load_run_config(config_path).experiment.monitor if config_path else None
-    if (traffic / "experiment" / "logs").is_dir():
-        return monitor(run=traffic, config=settings, out=out)
-    return monitor(traffic=traffic, reference=reference, out=out, config=settings)
+
+    def train(logs: Path) -> int:
+        return run_command(config_path, None, logs, None, None, Path("runs"), None, True)
+
+    start = train if retrain else None
+    if of_run:
+        return monitor(run=traffic, reference=reference, config=settings, out=out, workspace=workspace, train=start)
+    return monitor(traffic=traffic, reference=reference, out=out, config=settings, workspace=workspace, train=start)
+
+
+def monitor_ui_command(workspace: Path, host: str, port: int) -> int:
+    """Evidently's own UI on a workspace."""
+    if not workspace.is_dir():
+        raise FileNotFoundError(f"{workspace} is no Evidently workspace yet; `ega monitor TRAFFIC --workspace {workspace}` makes one")
+    from monitoring.evidently_report import serve
+
+    serve(workspace, host, port)
+    return 0

@@ -72,7 +72,7 @@ def _create(host: str, name: str, arguments: dict[str, object]) -> str:
 
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        (package,) = compile_all(Path(folder))
+        package, _ = compile_all(Path(folder))
         try:
             client = Client(host=host)
             experiment = client.create_experiment("ega")

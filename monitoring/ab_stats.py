@@ -233,6 +233,15 @@ def users_needed(kappa_squared: float, true_lift: float, arms_ratio: float = 1.0
     return math.ceil(z**2 * kappa_squared * (1 + 1 / arms_ratio) / math.log1p(true_lift) ** 2)
 
 
+PLAN_RESERVE = 0.1
+"""Share of users that a plan asks for on top of F10: its spread comes from a pilot, and 80 % is to be reached, not approached."""
+
+
+def plan_users(pilot: Estimate, true_lift: float, arms_ratio: float = 1.0, power: float = 0.8, alpha: float = 0.05) -> int:
+    """Users of arm A to plan for, from a pilot of the same length as the test: F10 with `PLAN_RESERVE`. Arm B: `arms_ratio` times as many."""
+    return math.ceil((1 + PLAN_RESERVE) * users_needed(relative_spread(pilot), true_lift, arms_ratio, power, alpha))
+
+
 def least_detectable_lift(kappa_squared: float, users_a: int, users_b: int, power: float = 0.8, alpha: float = 0.05) -> float:
     """MDE (F10): the true relative lift that a test of this size finds with the given power."""
     return math.exp(_power_quantiles(power, alpha) * math.sqrt(kappa_squared * (1 / users_a + 1 / users_b))) - 1

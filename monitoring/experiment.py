@@ -10,11 +10,11 @@ import json
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -52,7 +52,36 @@ class ExperimentError(RuntimeError):
     """The service cannot be driven; the text says what it answered."""
 
 
-@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
+_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class FaultConfig:
+    """What happens to clicks and purchases between the user and the service. All shares are of events."""
+
+    duplicates: float = Field(0.0, ge=0, le=1)
+    """Share that is sent again, one to four times, in any order."""
+    loss: float = Field(0.0, ge=0, le=1)
+    """Share that never arrives. The users did click: the report must find the log incomplete."""
+    delay: float = Field(0.0, ge=0, le=1)
+    """Share that arrives after later page views of other users, with its own time."""
+    clock_skew_seconds: float = Field(0.0, ge=0)
+    """A user's clock is wrong by up to this much, either way."""
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class HabitConfig:
+    """How people change while the experiment runs. The market's own answers stay as they are: clicks are taken away or added."""
+
+    day_drift: float = Field(0.0, ge=0, lt=1)
+    """Greatest share of a day's clicks that stay away, drawn for every day: days on which people have other things to do."""
+    novelty: float = Field(0.0, ge=0)
+    """Extra clicks on a treatment's pages on a user's first day, as a share of the predicted ones: curiosity, which buys nothing."""
+    novelty_half_life_days: float = Field(1.0, gt=0)
+    """Days after which half of the curiosity is left."""
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
 class DriverConfig:
     """How simulated users are sent."""
 
@@ -64,8 +93,18 @@ class DriverConfig:
     """Of that draw."""
     salt: str = Field("ab-1", min_length=1)
     """Experiment salt of the arm assignment; a new experiment takes a new one."""
-    treatment_policy: Literal["model", "bootstrap"] = "model"
-    """What answers arm B. "bootstrap", the control's policy, makes an A/A test of the whole chain: it must show no difference."""
+    control_policy: str = Field("bootstrap", min_length=1)
+    """What answers arm A: "bootstrap" (the logging policy), "model" (the newest approved model) or the exact tag of an approved model."""
+    treatment_policy: str = Field("model", min_length=1)
+    """What answers arm B, as above. The control's policy makes an A/A test of the whole chain: it must show no difference."""
+    other_policies: dict[str, str] = Field(default_factory=dict)
+    """What answers the plan's `others`, by arm."""
+    shadow: bool = False
+    """Users see the control only; arm B answers the same requests unseen, and its pages are compared with those that were shown."""
+    faults: FaultConfig = Field(default_factory=FaultConfig)
+    """Delivery of clicks and purchases."""
+    habits: HabitConfig = Field(default_factory=HabitConfig)
+    """How people change over the days."""
 
 
 class SimulatedUsers(Protocol):
@@ -91,7 +130,15 @@ class _Tally:
     clicks: int = 0
     purchases: int = 0
     events_failed: int = 0
+    duplicates: int = 0
+    lost: int = 0
+    delayed: int = 0
     messages: list[str] = field(default_factory=list)
+    shadow: list[tuple[Any, ...]] = field(default_factory=list)
+    waiting: list[dict[str, Any]] = field(default_factory=list)
+    """Events on their way."""
+    settled: set[tuple[Any, ...]] = field(default_factory=set)
+    """Events (type, request, slot) that were answered: copies count once."""
 
 
 @dataclass(frozen=True)
@@ -104,10 +151,14 @@ class ExperimentSummary:
     retries: int
     impressions: int
     clicks: int
-    """Clicks sent and acknowledged, as the purchases."""
+    """Clicks that users made (those that the service refused are counted apart), as the purchases."""
     purchases: int
     events_failed: int
     """Clicks and purchases that the service did not take."""
+    duplicates: int
+    """Copies sent on top, by the configured faults; `lost` and `delayed` likewise."""
+    lost: int
+    delayed: int
     arms: dict[str, dict[str, float]]
     """By arm: answered, degraded, p50_ms, p95_ms, p99_ms."""
     seconds: float
@@ -133,13 +184,14 @@ class Client:
         timeout = urllib3.Timeout(total=TIMEOUT_SECONDS)
         self._pool = urllib3.PoolManager(maxsize=connections, block=True, retries=False, timeout=timeout, headers=self._headers)
 
-    def post(self, route: str, body: dict[str, Any]) -> tuple[dict[str, Any] | None, float, int, str]:
-        """(answer or None, milliseconds of the last attempt, retries, text of the failure)."""
+    def post(self, route: str, body: dict[str, Any], base_url: str | None = None) -> tuple[dict[str, Any] | None, float, int, str]:
+        """(answer or None, milliseconds of the last attempt, retries, text of the failure). `base_url`: another service than the client's own."""
+        base = self._base if base_url is None else base_url.rstrip("/")
         payload, message, milliseconds = json.dumps(body).encode(), "", 0.0
         for attempt in range(ATTEMPTS):
             begun = time.perf_counter()
             try:
-                answer = self._pool.request("POST", self._base + route, body=payload)
+                answer = self._pool.request("POST", base + route, body=payload)
             except urllib3.exceptions.HTTPError as error:
                 message, wait = f"{route}: {error}", _wait_seconds(None, attempt)
             else:
@@ -187,9 +239,110 @@ def _events_of(row: Any, page: dict[str, Any], response: Any) -> list[dict[str, 
     return events
 
 
-def _visit(row: Any, world: SimulatedUsers, client: Client, tally: _Tally) -> None:
+@dataclass(frozen=True)
+class _Scene:
+    """What every worker needs."""
+
+    world: SimulatedUsers
+    client: Client
+    config: DriverConfig
+    treatments: frozenset[str]
+    """Arms whose pages are new to people."""
+    first_day: dict[int, pd.Timestamp]
+    """First day of each user in the experiment."""
+    day_factor: dict[pd.Timestamp, float]
+    """Share of the clicks that happen on a day."""
+    address: Callable[[int], str]
+    """Service of a user."""
+    shadow_url: str | None
+
+
+def _habits(response: Any, row: Any, page: dict[str, Any], scene: _Scene) -> Any:
+    """The answer after what the day and curiosity do to it; the same for a request whenever it is asked."""
+    habits = scene.config.habits
+    if habits.day_drift == 0 and habits.novelty == 0:
+        return response
+    draws = np.random.default_rng([scene.config.seed, 11, int(row.request_id)])
+    clicked = np.asarray(response.click, bool)
+    day = row.event_timestamp.floor("D")
+    click = clicked & (draws.random(len(clicked)) < scene.day_factor[day])
+    if habits.novelty and page["arm"] in scene.treatments:
+        age = (day - scene.first_day[int(row.user_id)]) / pd.Timedelta(days=1)
+        curious = habits.novelty * 0.5 ** (age / habits.novelty_half_life_days) * np.array([ad["pctr"] for ad in page["ads"]])
+        click |= draws.random(len(clicked)) < curious
+    kept = clicked & click
+    return Response(
+        click=click,
+        click_delay_seconds=np.where(kept, response.click_delay_seconds, 10.0),
+        purchase=np.asarray(response.purchase, bool) & kept,
+        purchase_delay_seconds=response.purchase_delay_seconds,
+        order_value=np.where(kept, response.order_value, 0.0),
+    )
+
+
+@dataclass(frozen=True)
+class Response:
+    """A user's answer to a page, one entry a slot; as a world gives it."""
+
+    click: np.ndarray
+    click_delay_seconds: np.ndarray
+    purchase: np.ndarray
+    purchase_delay_seconds: np.ndarray
+    order_value: np.ndarray
+
+
+def _deliver(events: list[dict[str, Any]], row: Any, scene: _Scene, tally: _Tally) -> list[dict[str, Any]]:
+    """The events that are sent now, after the configured faults; delayed ones wait in the tally."""
+    faults = scene.config.faults
+    if faults == FaultConfig():
+        return events
+    draws = np.random.default_rng([scene.config.seed, 12, int(row.request_id)])
+    skew = pd.Timedelta(seconds=round(float(draws.uniform(-1, 1) * faults.clock_skew_seconds), 6))
+    sent: list[dict[str, Any]] = []
+    for event in events:
+        skewed = event | {"timestamp": (pd.Timestamp(event["timestamp"]) + skew).isoformat()}
+        if draws.random() < faults.loss:
+            tally.lost += 1
+            _count(event, tally)
+            continue
+        copies = int(draws.integers(1, 5)) if draws.random() < faults.duplicates else 0
+        tally.duplicates += copies
+        late = draws.random() < faults.delay
+        tally.delayed += late
+        (tally.waiting if late else sent).extend([skewed] * (1 + copies))
+    draws.shuffle(sent)
+    return sent
+
+
+def _count(event: dict[str, Any], tally: _Tally) -> None:
+    if event["type"] == "click":
+        tally.clicks += 1
+    else:
+        tally.purchases += 1
+
+
+def _send(events: list[dict[str, Any]], url: str, scene: _Scene, tally: _Tally) -> None:
+    """Post events; each distinct one is counted once, as taken or as failed."""
+    answer, _, retries, message = scene.client.post("/v1/events", {"events": events}, url)
+    tally.retries += retries
+    rejected = {record["index"] for record in answer["rejected"]} if answer is not None else set(range(len(events)))
+    for index, event in enumerate(events):
+        key = (event["type"], event["request_id"], event["slot"])
+        if key in tally.settled:
+            continue
+        tally.settled.add(key)
+        if index in rejected:
+            tally.events_failed += 1
+        else:
+            _count(event, tally)
+    if rejected:
+        tally.messages.append(message or f"/v1/events: {len(rejected)} of {len(events)} events rejected")
+
+
+def _visit(row: Any, scene: _Scene, tally: _Tally) -> None:
     """One page view: ask, look, answer."""
-    page, milliseconds, retries, message = client.post("/v1/rank", _rank_body(row))
+    body, url = _rank_body(row), scene.address(int(row.user_id))
+    page, milliseconds, retries, message = scene.client.post("/v1/rank", body, url)
     tally.retries += retries
     if page is None:
         tally.errors += 1
@@ -198,23 +351,45 @@ def _visit(row: Any, world: SimulatedUsers, client: Client, tally: _Tally) -> No
     ads = page["ads"]
     tally.rows.append((int(row.request_id), int(row.user_id), page["arm"], page["model_version"], milliseconds, bool(page["degraded"]), len(ads)))
     tally.impressions += len(ads)
+    if scene.shadow_url is not None:
+        _shadow(row, body, page, milliseconds, scene, tally)
     if not ads:
         return
-    events = _events_of(row, page, world.respond(row, np.array([ad["ad_id"] for ad in ads], np.int64)))
-    if not events:
-        return
-    answer, _, retries, message = client.post("/v1/events", {"events": events})
+    response = _habits(scene.world.respond(row, np.array([ad["ad_id"] for ad in ads], np.int64)), row, page, scene)
+    if events := _deliver(_events_of(row, page, response), row, scene, tally):
+        _send(events, url, scene, tally)
+
+
+SHADOW = pa.schema(
+    [pa.field("request_id", pa.int64(), nullable=False), pa.field("user_id", pa.int64(), nullable=False), pa.field("event_timestamp", pa.timestamp("us", tz="UTC"), nullable=False)]
+    + [
+        pa.field(f"{name}_{side}", kind, nullable=False)
+        for side in ("shown", "shadow")
+        for name, kind in (("ads", pa.int32()), ("pctr", pa.float64()), ("revenue", pa.float64()), ("price_over_bid", pa.float64()), ("response_ms", pa.float64()), ("degraded", pa.bool_()))
+    ]
+    + [pa.field("common", pa.int32(), nullable=False), pa.field("model_version_shadow", pa.string(), nullable=False)]
+)
+"""`shadow.parquet`: one row a request that both policies answered; pctr and revenue are the policy's own predictions, summed over the page."""
+
+
+def _page_sums(page: dict[str, Any], milliseconds: float) -> tuple[Any, ...]:
+    ads = page["ads"]
+    ratio = sum(ad["price"] for ad in ads) / max(sum(ad["bid"] for ad in ads), 1e-12)
+    return len(ads), sum(ad["pctr"] for ad in ads), sum(ad["pctr"] * ad["price"] for ad in ads), ratio, milliseconds, bool(page["degraded"])
+
+
+def _shadow(row: Any, body: dict[str, Any], page: dict[str, Any], milliseconds: float, scene: _Scene, tally: _Tally) -> None:
+    """Ask the shadow for the same page; nobody sees it."""
+    unseen, its_milliseconds, retries, message = scene.client.post("/v1/rank", body, scene.shadow_url)
     tally.retries += retries
-    rejected = {record["index"] for record in answer["rejected"]} if answer is not None else set(range(len(events)))
-    for index, event in enumerate(events):
-        if index in rejected:
-            tally.events_failed += 1
-        elif event["type"] == "click":
-            tally.clicks += 1
-        else:
-            tally.purchases += 1
-    if rejected:
-        tally.messages.append(message or f"/v1/events: {len(rejected)} of {len(events)} events rejected")
+    if unseen is None:
+        tally.errors += 1
+        tally.messages.append(f"shadow: {message}")
+        return
+    common = len({ad["ad_id"] for ad in page["ads"]} & {ad["ad_id"] for ad in unseen["ads"]})
+    tally.shadow.append(
+        (int(row.request_id), int(row.user_id), row.event_timestamp, *_page_sums(page, milliseconds), *_page_sums(unseen, its_milliseconds), common, unseen["model_version"])
+    )
 
 
 def draw_users(requests: pd.DataFrame, most_requests: int | None, seed: int) -> pd.DataFrame:
@@ -238,21 +413,30 @@ def run_experiment(
     world: SimulatedUsers,
     base_url: str,
     out: Path,
-    workers: int = 4,
+    config: DriverConfig | None = None,
     progress: bool = True,
     token: str | None = None,
-    most_requests: int | None = None,
-    seed: int = 0,
+    treatments: Iterable[str] = (),
+    address: Callable[[int], str] | None = None,
+    shadow_url: str | None = None,
 ) -> ExperimentSummary:
     """Send the live days' requests to the service at `base_url` and post the users' clicks and purchases back.
 
-    Args: out, folder for `experiment.json` and `responses.parquet`; progress, a bar on stderr; token, bearer token of the service.
-    Raises ExperimentError when the service is not there, or refuses more than a twentieth of the requests.
+    Args: out, folder for `experiment.json`, `responses.parquet` and, with a shadow, `shadow.parquet`; progress, a bar on stderr; token, bearer token of the
+    service; treatments, arms whose pages are new to people; address, the service of each user where arms have services of their own; shadow_url, a service
+    that answers everything unseen. Raises ExperimentError when the service is not there, or refuses more than a twentieth of the requests.
     """
-    requests = draw_users(world.live_requests(), most_requests, seed)
+    config = config or DriverConfig()
+    requests = draw_users(world.live_requests(), config.most_requests, config.seed)
     if requests.empty:
         raise ExperimentError("the world has no live requests; give it live days (ab_days) and simulate it again")
-    client, stop = Client(base_url, workers, token), threading.Event()
+    workers = config.workers
+    client, stop = Client(base_url, 2 * workers, token), threading.Event()
+    days = requests["event_timestamp"].dt.floor("D")
+    drawn = np.random.default_rng([config.seed, 13]).random(days.nunique())
+    factors = {day: 1 - config.habits.day_drift * share for day, share in zip(sorted(days.unique()), drawn, strict=True)}
+    first = days.groupby(requests["user_id"]).min().to_dict()
+    scene = _Scene(world, client, config, frozenset(treatments), first, factors, address or (lambda user_id: base_url), shadow_url)
     tallies = [_Tally() for _ in range(workers)]
     begun = time.perf_counter()
     with tqdm(total=len(requests), desc="simulated users", unit="request", disable=not progress, mininterval=0.5) as bar:
@@ -261,10 +445,13 @@ def run_experiment(
             for row in queue:
                 if stop.is_set():
                     return
-                _visit(row, world, client, tally)
+                _visit(row, scene, tally)
                 advance(1)
                 if tally.errors >= GIVE_UP_ERRORS / workers and tally.errors > GIVE_UP_SHARE * (tally.errors + len(tally.rows)):
                     stop.set()
+            arms = {request_id: user_id for request_id, user_id, *_ in tally.rows}
+            for event in tally.waiting:  # each by itself, after everything else
+                _send([event], scene.address(arms[event["request_id"]]), scene, tally)
 
         with ThreadPoolExecutor(workers, thread_name_prefix="simulated-user") as pool:
             futures = [pool.submit(work, queue, tally, bar.update) for queue, tally in zip(_queues(requests, workers), tallies, strict=True)]
@@ -281,11 +468,14 @@ def run_experiment(
     responses = pd.DataFrame(rows, columns=RESPONSES.names).sort_values("request_id", ignore_index=True)
     total: dict[str, int] = defaultdict(int)
     for tally in tallies:
-        for name in ("retries", "impressions", "clicks", "purchases", "events_failed"):
-            total[name] += getattr(tally, name)
+        for name in ("retries", "impressions", "clicks", "purchases", "events_failed", "duplicates", "lost", "delayed"):
+            total[name] += int(getattr(tally, name))
     seconds = time.perf_counter() - begun
     summary = ExperimentSummary(requests=len(requests), answered=len(rows), errors=errors, arms=_by_arm(responses), seconds=round(seconds, 1), messages=messages, **total)
     logs.write_parquet(out / "responses.parquet", pa.Table.from_pandas(responses, schema=RESPONSES, preserve_index=False))
+    if shadow_url is not None:
+        compared = pd.DataFrame([row for tally in tallies for row in tally.shadow], columns=SHADOW.names).sort_values("request_id", ignore_index=True)
+        logs.write_parquet(out / "shadow.parquet", pa.Table.from_pandas(compared, schema=SHADOW, preserve_index=False))
     logs.write_bytes(out / "experiment.json", (json.dumps(asdict(summary), indent=1) + "\n").encode())
     return summary
 

@@ -300,6 +300,15 @@ def _notes_card(result: dict[str, Any], alpha: float, window_hours: float) -> st
     return '<section class="card"><h2>How this was computed</h2><dl>' + "".join(f"<dt>{k}</dt><dd>{v}</dd>" for k, v in rows) + "</dl></section>"
 
 
+def plain_page(title: str, headline: str, sentence: str, heads: list[str], rows: list[list[str]]) -> str:
+    """A page with one sentence and one table, in the report's style. Cells are HTML."""
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><link rel="icon" href="data:,">'
+        f"<title>{escape(headline)}</title><style>{_STYLE}</style></head>\n<body><main><header><span>{escape(title)}</span></header>"
+        f'<section class="card verdict calm"><h1>{escape(headline)}</h1><p>{escape(sentence)}</p></section><section class="card">{_table(heads, rows)}</section></main></body></html>\n'
+    )
+
+
 FIRST_TEXTS, SHORT_TEXT = 3, 190
 """Reasons and alarms on the first screen, and their longest text in characters; a card below has all of them."""
 TRENDS = ("ctr", "rpm", "roi")

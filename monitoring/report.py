@@ -50,6 +50,11 @@ class MonitorResult:
     retraining: list[str]
 
     @property
+    def retraining_day(self) -> str:
+        """Last day of the traffic: names the logs of a retraining."""
+        return str(self.analysis.days["day"].max())
+
+    @property
     def exit_code(self) -> int:
         return EXIT_CODES[self.severity]
 
@@ -69,6 +74,12 @@ def completeness_of(counts: dict[str, Any], summary: dict[str, Any]) -> float:
     """Least share of the clients' impressions, clicks and purchases (driver's summary) that the facts hold."""
     pairs = [(counts[name], summary[name]) for name in ("impressions", "clicks", "purchases")]
     return min((held / seen for held, seen in pairs if seen), default=1.0)
+
+
+def _prices(folder: Path | None) -> pd.DataFrame | None:
+    """Charged and critical price of every ad shown, where the service's receipts were kept."""
+    path = None if folder is None else folder / "prices.parquet"
+    return pd.read_parquet(path) if path is not None and path.is_file() else None
 
 
 def _driver_records(folder: Path | None) -> tuple[pd.DataFrame | None, dict[str, Any] | None]:
@@ -144,11 +155,12 @@ def look(
     config: MonitorConfig | None = None,
     responses: pd.DataFrame | None = None,
     completeness: float | None = None,
+    prices: pd.DataFrame | None = None,
 ) -> Findings:
     """Judge facts against a reference period. Args as `analyse`; `now` and `past`: catalogue, profiles and behaviours of the two periods."""
     config = config or MonitorConfig()
     plan, rate = config.plan, config.drift.false_alarm_rate
-    analysis = analyse(facts, plan, responses, completeness, before, rate)
+    analysis = analyse(facts, plan, responses, completeness, before, rate, prices)
     columns, rows, changes, note = [], [], [], "No reference period was given, so nothing is compared."
     if before is not None and past is not None:
         now = LogTables(past.ads if now.ads.empty else now.ads, past.users if now.users.empty else now.users, now.behaviours)
@@ -200,7 +212,7 @@ def monitor(
     completeness = None if summary is None else completeness_of(asdict(facts.counts), summary)
     first = min(facts.requests["day"]).date() if len(facts.requests) else None
     now, past = drift.read_tables(traffic, first), None if reference is None else drift.read_tables(reference)
-    found = look(facts, now, before, past, config, responses, completeness)
+    found = look(facts, now, before, past, config, responses, completeness, _prices(experiment))
     result = {
         **found.analysis.result,
         "severity": found.severity,

@@ -181,7 +181,8 @@ def _changes(now: pd.DataFrame, past: pd.DataFrame, dimensions: tuple[str, ...],
         scale = (now["click"].mean() / past["click"].mean()) if relative and past["click"].sum() and now["click"].sum() else 1.0
         columns = [frame[name].to_numpy(np.float64) for frame, name in ((present, "clicks"), (present, "imps"), (before, "clicks"), (before, "imps"))]
         expected, p = predictive_p(columns[0], columns[1] * scale, *columns[2:], dispersion(history))
-        limit = rate / (len(dimensions) * len(present))
+        # Half of the rate is shared evenly, half by impressions: a large segment hides more harm, and there a change can be told.
+        limit = rate / len(dimensions) * (0.5 / len(present) + 0.5 * columns[1] / columns[1].sum())
         for index in np.flatnonzero((p < limit) & (np.abs(columns[0] / np.maximum(expected, 1e-12) - 1) >= least)):
             clicks, imps = int(columns[0][index]), int(columns[1][index])
             found.append(RateChange(dimension, str(present.index[index]), arms, day, clicks, float(expected[index]), imps, float(p[index])))

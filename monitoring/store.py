@@ -127,6 +127,8 @@ def _join_bucket(raw: Path, out: Path, day: date, window_hours: float, bucket: i
     today = requests[(requests["event_timestamp"] >= start) & (requests["event_timestamp"] < end)]
     unique = facts.requests[(facts.requests["event_timestamp"] >= start) & (facts.requests["event_timestamp"] < end)]
     for table, rows in (("requests", unique), ("impressions", facts.impressions)):
+        if not _files(raw, table, [day]):
+            continue  # a day after the last page, on which late clicks arrived
         arrow = logs.table_of(table).arrow
         written = pa.Table.from_pandas(rows[arrow.names].sort_values(["event_timestamp", "request_id"], kind="stable"), schema=arrow, preserve_index=False)
         logs.write_parquet(out / table / f"part-{bucket}.parquet", written.replace_schema_metadata(None))
@@ -174,7 +176,23 @@ def _swap(part: Path, final: Path) -> None:
 
 
 def _rows(files: list[Path]) -> int:
-    return sum(pq.ParquetFile(file).metadata.num_rows for file in files)
+    total = 0
+    for file in files:
+        try:
+            total += pq.read_metadata(file).num_rows
+        except (pa.ArrowInvalid, OSError) as error:
+            raise logs.LogError(f"{file}: cannot be read as Parquet (truncated or damaged file?): {error}; write the file again") from error
+    return total
+
+
+def _event_days(raw: Path) -> set[date]:
+    found = set()
+    for folder in (raw / "events").glob("day=*"):
+        try:
+            found.add(date.fromisoformat(folder.name.removeprefix("day=")))
+        except ValueError:
+            raise logs.LogError(f"{folder}: not a day partition; folders of events are named day=YYYY-MM-DD") from None
+    return found
 
 
 def _state(out: Path) -> dict[str, Any]:
@@ -194,9 +212,7 @@ def update(raw: Path, out: Path, window_hours: float = 24.0, rows_at_once: int =
     import dask
 
     raw, out = Path(raw), Path(out)
-    days = logs.days_of(raw, "requests")
-    shown = set(logs.days_of(raw, "impressions"))
-    days = sorted(set(days) | shown)
+    days = sorted({day for table in ("requests", "impressions") for day in logs.days_of(raw, table)} | _event_days(raw))
     state, written = _state(out), []
     for day in tqdm(days, desc="join events", unit="day", disable=not progress):
         inputs = _inputs(raw, day, window_hours)
@@ -209,7 +225,7 @@ def update(raw: Path, out: Path, window_hours: float = 24.0, rows_at_once: int =
         shutil.rmtree(part, ignore_errors=True)
         tasks = [dask.delayed(_join_bucket)(raw, part, day, window_hours, bucket, buckets) for bucket in range(buckets)]
         counts = add_counts(dask.compute(*tasks, scheduler="threads", num_workers=workers))
-        for table in ("requests", "impressions"):
+        for table in (name for name in ("requests", "impressions") if (part / name).is_dir()):
             _swap(part / table, out / table / f"day={day}")
         shutil.rmtree(part, ignore_errors=True)
         state[str(day)] = {"digest": digest, "counts": asdict(counts)}

@@ -81,6 +81,8 @@ class ExperimentPlan:
     """An answer is slow beyond this many milliseconds, as the client saw it."""
     service_margin: float = Field(0.01, gt=0)
     """Greatest tolerated rise of the share of slow or of degraded answers, absolute."""
+    overcharge_margin: float = Field(0.01, gt=0)
+    """Greatest tolerated excess of the treatment's charges over the critical (truthful) prices, relative."""
     calibration_margin: float = Field(0.10, gt=0)
     """Predicted over observed clicks may be off by this share before an alarm."""
     window_hours: float = Field(24.0, gt=0)
@@ -150,6 +152,40 @@ def users_with_responses(users: pd.DataFrame, responses: pd.DataFrame | None, sl
     extra = ["answered", "response_ms", "slow", "degraded"]
     joined[extra] = joined[extra].fillna(0.0)
     return joined
+
+
+def users_with_prices(users: pd.DataFrame, facts: Facts, prices: pd.DataFrame | None) -> pd.DataFrame:
+    """Adds per-user sums of what shown ads were to pay for a click and of their critical prices, where both are known: charged, critical."""
+    if prices is None or not prices["critical"].notna().any():
+        return users
+    known = prices[prices["critical"].notna()].drop_duplicates(["request_id", "slot"])
+    rows = known.merge(facts.requests[["request_id", "user_id"]], on="request_id")
+    sums = rows.groupby("user_id")[["charged", "critical"]].sum().reset_index()
+    joined = users.merge(sums, on="user_id", how="left")
+    joined[["charged", "critical"]] = joined[["charged", "critical"]].fillna(0.0)
+    return joined
+
+
+def _overcharge(users: pd.DataFrame, plan: ExperimentPlan) -> dict[str, Any] | None:
+    """Guardrail of honest prices: charged over critical price of the treatment, upper bound below 1 + margin (F11)."""
+    if "critical" not in users:
+        return None
+    estimate = arm_estimate(users, plan.treatment, "charged", "critical")
+    if not (estimate.value > 0 and estimate.users > 1):
+        return None
+    off = ab_stats.lift(ab_stats.Estimate(1.0, 0.0, 10**9), estimate, plan.alpha)
+    return {
+        "name": "charged_over_critical",
+        "label": "Charged over critical price",
+        "value": off.value,
+        "low": off.low,
+        "high": off.high,
+        "limit": plan.overcharge_margin,
+        "passed": bool(off.high < plan.overcharge_margin),
+        "harmed": bool(off.low > plan.overcharge_margin),
+        "users_needed": math.nan,
+        "relative": False,
+    }
 
 
 def _lift_record(users: pd.DataFrame, name: str, plan: ExperimentPlan, planned: int) -> dict[str, Any]:
@@ -242,6 +278,9 @@ def _guardrails(users: pd.DataFrame, lifts: dict[str, dict[str, Any]], plan: Exp
                 "exact_p": _exact_p(users, plan, name),
             }
         )
+    overcharge = _overcharge(users, plan)
+    if overcharge is not None:
+        records.append(overcharge)
     return records
 
 
@@ -383,12 +422,14 @@ def analyse(
     completeness: float | None = None,
     before: Facts | None = None,
     false_alarm_rate: float = 0.001,
+    prices: pd.DataFrame | None = None,
 ) -> Analysis:
     """Numbers by arm, lifts, guardrails, calibration, segments and the verdict.
 
     Args: facts of the experiment; responses, one row an answered request as clients saw it (request_id, user_id, arm, response_ms, degraded); completeness,
     share of the clients' impressions, clicks and purchases that the log holds; before, facts of the reference period (for CUPED and the calibration of an
-    arm with the same policy); false_alarm_rate, of the calibration of a clean day. Raises ValueError if the facts hold neither arm.
+    arm with the same policy); false_alarm_rate, of the calibration of a clean day; prices, (request_id, slot, charged, critical) of the ads shown.
+    Raises ValueError if the facts hold neither arm.
     """
     arms = tuple(plan.shares)
     found = sorted(facts.requests["arm"].unique())
@@ -396,6 +437,7 @@ def analyse(
         raise ValueError(f"the logs hold no request of arm {arms[0]!r} or {arms[1]!r}; arms found: {', '.join(found) or 'none'}; name them in the plan (control, treatment)")
     users = per_user(facts)
     users = users_with_responses(users[users["arm"].isin(arms)].reset_index(drop=True), responses, plan.slow_answer_ms)
+    users = users_with_prices(users, facts, prices)
     past, recent = (None, None) if before is None else (per_user(before), per_user(_last_days(before)))
     broken = _broken(facts, users, plan, responses, completeness)
     pairs = [dataclasses.replace(plan, treatment=arm, others={}) for arm in plan.treatments]

@@ -11,8 +11,11 @@ def compile_all(folder: Path = FOLDER) -> list[Path]:
     """Write <pipeline>.yaml for every pipeline into `folder`."""
     from kfp import compiler
 
+    from pipelines.monitor_experiment import monitor_experiment
     from pipelines.train_and_approve import train_and_approve
 
-    path = Path(folder) / "train_and_approve.yaml"
-    compiler.Compiler().compile(train_and_approve, str(path))
-    return [path]
+    paths = []
+    for name, pipeline in (("train_and_approve", train_and_approve), ("monitor_experiment", monitor_experiment)):
+        paths.append(Path(folder) / f"{name}.yaml")
+        compiler.Compiler().compile(pipeline, str(paths[-1]))
+    return paths

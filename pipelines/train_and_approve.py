@@ -22,7 +22,7 @@ SECRET, SECRET_KEY = "ega-signing-key", "key"  # noqa: S105 - the name of a secr
 """Kubernetes secret with the signing key as hex."""
 
 
-def _place(task: dsl.PipelineTask, cpu: str, memory: str, retries: int = 1) -> dsl.PipelineTask:
+def place(task: dsl.PipelineTask, cpu: str, memory: str, retries: int = 1) -> dsl.PipelineTask:
     """Resource requests, retries, volume and signing key of a step; ignored by local runs."""
     task.set_cpu_request(cpu).set_cpu_limit(cpu).set_memory_request(memory).set_memory_limit(memory)
     task.set_retry(num_retries=retries, backoff_duration="10s", backoff_factor=2.0)
@@ -69,9 +69,9 @@ def train_and_approve(
     Returns:
         The approved model's tag, or "rejected: reason".
     """
-    valid = _place(validate_logs(logs=logs, run_dir=run_dir, home=home, config=validation, code_version=code_version), "2", "8G", retries=0)
-    built = _place(build_features(logs=logs, home=home, behaviours=behaviours, fresh=fresh, data_hash=valid.outputs["Output"], code_version=code_version), "2", "16G")
-    sampled = _place(
+    valid = place(validate_logs(logs=logs, run_dir=run_dir, home=home, config=validation, code_version=code_version), "2", "8G", retries=0)
+    built = place(build_features(logs=logs, home=home, behaviours=behaviours, fresh=fresh, data_hash=valid.outputs["Output"], code_version=code_version), "2", "16G")
+    sampled = place(
         sample_requests(logs=logs, home=home, run_dir=run_dir, config=sampling, seed=seed, as_of=built.outputs["Output"], code_version=code_version), "2", "16G"
     )
 
@@ -83,7 +83,7 @@ def train_and_approve(
                 stage=stage, samples=sampled.outputs["Output"], run_dir=run_dir, model_config=model, training=training, seed=seed, previous=previous,
                 code_version=code_version,
             )  # fmt: skip
-            previous = _place(trained, "8", "32G").set_display_name(f"train {stage}").outputs["Output"]
+            previous = place(trained, "8", "32G").set_display_name(f"train {stage}").outputs["Output"]
         return previous
 
     with dsl.If(kind == "ega_v1", name="ega_v1"):
@@ -92,7 +92,7 @@ def train_and_approve(
         mca = train(STAGES["mca"])
     with dsl.Else(name="fs_ltr"):
         fs_ltr = train(STAGES["fs_ltr"])
-    judged = _place(
+    judged = place(
         evaluate_candidate(
             samples=sampled.outputs["Output"], logs=logs, run_dir=run_dir, home=home, config=candidate, seed=seed, weights=dsl.OneOf(ega_v1, mca, fs_ltr), code_version=code_version
         ),
@@ -102,8 +102,8 @@ def train_and_approve(
     # A verdict depends on the store and a rejection must stay a rejection: never taken from a cache.
     judged.set_caching_options(False)
     with dsl.If(judged.outputs["Output"] == True, name="approved"):  # noqa: E712 - KFP compiles the comparison
-        tag = _place(approve_model(run_dir=run_dir, home=home, code_version=code_version), "1", "4G").set_caching_options(False)
-        published = _place(publish_ad_embeddings(run_dir=run_dir, home=home, tag=tag.output, code_version=code_version), "2", "8G")
+        tag = place(approve_model(run_dir=run_dir, home=home, code_version=code_version), "1", "4G").set_caching_options(False)
+        published = place(publish_ad_embeddings(run_dir=run_dir, home=home, tag=tag.output, code_version=code_version), "2", "8G")
     with dsl.Else():
         rejected = reject_candidate(reason=judged.outputs["reason"])
     return dsl.OneOf(published.outputs["Output"], rejected.output)

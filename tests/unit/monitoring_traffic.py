@@ -41,7 +41,7 @@ def traffic(
             "event_timestamp": time,
             "user_id": user,
             "session_id": 0,
-            "city_id": 1,
+            "city_id": 1 + user % 3,
             "latitude": home[user, 0] + generator.normal(0, 0.01, total),
             "longitude": home[user, 1] + generator.normal(0, 0.01, total),
             "utc_offset_minutes": -300,
@@ -96,7 +96,7 @@ def traffic(
         {
             "event_timestamp": START - pd.Timedelta(1, "D"),
             "user_id": np.arange(users),
-            "city_id": 1,
+            "city_id": 1 + np.arange(users) % 3,
             "age_band": np.arange(users) % 6,
             "gender": np.arange(users) % 3,
             "home_latitude": home[:, 0].round(2),

@@ -17,7 +17,6 @@ from cli.bench import bench
 from model.ega_v1.network import NetworkConfig
 from model.evaluation.metrics import auc
 
-
 pytestmark = pytest.mark.timeout(1200)  # three small trainings; a slow machine is no failure
 
 
@@ -88,7 +87,7 @@ def test_flops_are_counted_on_the_network() -> None:
 
 
 def test_a_benchmark_names_the_options_that_it_takes() -> None:
-    with pytest.raises(ValueError, match="benchmark table1 takes no --steps; payments do"):
+    with pytest.raises(ValueError, match="benchmark table1 takes no --steps; only payments can"):
         bench("table1", steps=3)
     with pytest.raises(ValueError, match="benchmark bidders measures a finished run: add --run RUN"):
         bench("bidders")

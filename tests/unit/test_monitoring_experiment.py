@@ -15,7 +15,7 @@ import pytest
 
 from marketplace.schema import REQUESTS
 from monitoring import experiment
-from monitoring.experiment import ExperimentError, run_experiment
+from monitoring.experiment import DriverConfig, ExperimentError, FaultConfig, HabitConfig, run_experiment
 
 START = pd.Timestamp("2026-03-01 12:00:00.123456", tz="UTC")
 
@@ -100,7 +100,7 @@ class Service:
 
 def test_all_requests_are_sent_once_in_order_and_accounted_for(tmp_path):
     with Service() as service:
-        summary = run_experiment(World(), service.url, tmp_path, workers=3, progress=False, token="secret")  # noqa: S106
+        summary = run_experiment(World(), service.url, tmp_path, DriverConfig(workers=3), progress=False, token="secret")  # noqa: S106
     assert (summary.requests, summary.answered, summary.errors, summary.retries) == (60, 60, 0, 0)
     assert (summary.impressions, summary.clicks, summary.purchases, summary.events_failed) == (180, 60, 30, 0)
     assert all(times == sorted(times) for times in service.asked.values())
@@ -119,7 +119,7 @@ def test_all_requests_are_sent_once_in_order_and_accounted_for(tmp_path):
 def test_busy_answers_and_cut_connections_are_tried_again(tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "LONGEST_WAIT_SECONDS", 0.01)
     with Service(faults={2: 429, 3: 503, 7: "drop", 20: 429, 21: 429}) as service:
-        summary = run_experiment(World(), service.url, tmp_path, workers=2, progress=False)
+        summary = run_experiment(World(), service.url, tmp_path, DriverConfig(workers=2), progress=False)
     assert (summary.answered, summary.errors) == (60, 0)
     assert summary.retries >= 5
     assert (summary.clicks, summary.purchases) == (60, 30)
@@ -127,7 +127,7 @@ def test_busy_answers_and_cut_connections_are_tried_again(tmp_path, monkeypatch)
 
 def test_a_refused_request_is_counted_and_the_rest_goes_on(tmp_path):
     with Service(faults={5: 400}) as service:
-        summary = run_experiment(World(), service.url, tmp_path, workers=1, progress=False)
+        summary = run_experiment(World(), service.url, tmp_path, DriverConfig(workers=1), progress=False)
     assert summary.errors + summary.events_failed == 1
     assert "HTTP 400" in summary.messages[0]
 
@@ -135,14 +135,14 @@ def test_a_refused_request_is_counted_and_the_rest_goes_on(tmp_path):
 def test_a_service_that_refuses_everything_stops_the_experiment_early(tmp_path):
     with Service(always=422) as service:
         with pytest.raises(ExperimentError, match="HTTP 422"):
-            run_experiment(World(), service.url, tmp_path, workers=2, progress=False)
+            run_experiment(World(), service.url, tmp_path, DriverConfig(workers=2), progress=False)
         assert service.calls <= 2 * experiment.GIVE_UP_ERRORS
 
 
 def test_no_service_at_all_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "LONGEST_WAIT_SECONDS", 0.0)
     with pytest.raises(ExperimentError, match="requests to http://127.0.0.1:9 failed"):
-        run_experiment(World(), "http://127.0.0.1:9", tmp_path, workers=2, progress=False)
+        run_experiment(World(), "http://127.0.0.1:9", tmp_path, DriverConfig(workers=2), progress=False)
 
 
 def test_waits_follow_retry_after_and_never_exceed_the_cap():
@@ -160,3 +160,67 @@ def test_a_limit_keeps_whole_users():
     whole = requests["user_id"].value_counts()
     assert all(whole[user] == count for user, count in kept["user_id"].value_counts().items())
     assert experiment.draw_users(requests, None, seed=3) is requests
+
+
+def _sums(summary):
+    return summary.clicks, summary.purchases, summary.events_failed
+
+
+def test_duplicates_delays_and_wrong_clocks_change_no_count(tmp_path):
+    faults = FaultConfig(duplicates=0.7, delay=0.5, clock_skew_seconds=30.0)
+    with Service() as service:
+        summary = run_experiment(World(), service.url, tmp_path, DriverConfig(workers=2, faults=faults), progress=False)
+    assert _sums(summary) == (60, 30, 0)
+    assert len(service.events) == 90
+    assert summary.duplicates > 30 and summary.delayed > 20 and summary.lost == 0
+    drift = [pd.Timestamp(e["timestamp"]) - START - pd.Timedelta(e["request_id"] - 1, "m") - pd.Timedelta(5, "s") for key, e in service.events.items() if key[0] == "click"]
+    assert len({abs(d) for d in drift}) > 20
+    assert max(abs(d) for d in drift) <= pd.Timedelta(30, "s")
+
+
+def test_lost_events_were_made_but_never_arrive(tmp_path):
+    with Service() as service:
+        summary = run_experiment(World(), service.url, tmp_path, DriverConfig(workers=2, faults=FaultConfig(loss=0.3)), progress=False)
+    assert _sums(summary) == (60, 30, 0)
+    assert 0 < summary.lost < 60
+    assert len(service.events) == 90 - summary.lost
+
+
+def test_faults_are_the_same_on_every_run_whatever_the_workers(tmp_path):
+    lost = []
+    for workers in (1, 3):
+        with Service() as service:
+            run_experiment(World(), service.url, tmp_path, DriverConfig(workers=workers, faults=FaultConfig(loss=0.3)), progress=False)
+        lost.append(set(service.events))
+    assert lost[0] == lost[1]
+
+
+def test_curiosity_adds_clicks_to_the_treatment_only_and_a_bad_day_takes_some_away(tmp_path):
+    with Service() as service:
+        run_experiment(World(), service.url, tmp_path, DriverConfig(workers=2, habits=HabitConfig(novelty=10.0)), progress=False, treatments=["ega"])
+        extra = [key for key in service.events if key[0] == "click" and key[2] != 1]
+        assert extra and all((key[1] - 1) % 9 % 2 for key in extra)  # odd users are in arm ega
+    with Service() as service:
+        summary = run_experiment(World(), service.url, tmp_path, DriverConfig(workers=2, habits=HabitConfig(day_drift=0.9)), progress=False)
+    assert 0 < summary.clicks < 60
+    assert summary.purchases <= summary.clicks
+
+
+def test_arms_with_services_of_their_own_get_their_users_and_events(tmp_path):
+    with Service() as even, Service() as odd:
+        summary = run_experiment(World(), even.url, tmp_path, DriverConfig(workers=2), progress=False, address=lambda user: odd.url if user % 2 else even.url)
+    assert {user % 2 for user in even.asked} == {0} and {user % 2 for user in odd.asked} == {1}
+    assert len(even.events) + len(odd.events) == summary.clicks + summary.purchases
+    assert not set(even.events) & set(odd.events)
+
+
+def test_a_shadow_is_asked_everything_and_told_nothing(tmp_path):
+    with Service() as shown, Service() as shadow:
+        summary = run_experiment(World(), shown.url, tmp_path, DriverConfig(workers=2), progress=False, shadow_url=shadow.url)
+    assert (summary.answered, summary.clicks) == (60, 60)
+    assert sum(len(times) for times in shadow.asked.values()) == 60
+    assert shadow.events == {}
+    compared = pd.read_parquet(tmp_path / "shadow.parquet")
+    assert len(compared) == 60
+    assert (compared["common"] == 3).all()
+    np.testing.assert_allclose(compared["revenue_shadow"], 3 * 0.1 * 0.5)

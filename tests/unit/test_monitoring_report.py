@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import monitoring_traffic
@@ -113,6 +115,33 @@ def test_the_page_is_self_contained_small_and_leads_with_the_verdict(report):
     assert "nan" not in re.sub(r"<style>.*?</style>", "", html, flags=re.S).lower().replace("significan", "")
 
 
+HARNESS = """<!doctype html><body style="margin:0"><iframe id="page" src="{page}" style="border:0;width:{width}px;height:{height}px"></iframe><pre id="seen"></pre><script>
+document.getElementById("page").onload = (event) => {{
+  const page = event.target.contentDocument, root = page.documentElement, box = (id) => page.getElementById(id).getBoundingClientRect();
+  const rows = [...page.querySelectorAll("#lifts .lift")].map((cell) => cell.getBoundingClientRect().bottom);
+  document.getElementById("seen").textContent = JSON.stringify({{verdict: box("verdict").bottom, lifts: box("lifts").top, trend: box("trend").bottom, lift_rows: rows, overflow: root.scrollWidth - root.clientWidth}});
+}};</script>"""
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
+def test_in_a_browser_the_first_screen_answers_the_question(report, tmp_path, width, height):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium on this machine")
+    result, _ = report
+    page = tmp_path / "harness.html"
+    page.write_text(HARNESS.format(page=result.report.resolve().as_uri(), width=width, height=height))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--virtual-time-budget=4000", "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}"]
+    done = subprocess.run([browser, *options, "--window-size=1400,1000", "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=240, check=True)
+    assert "CONSOLE" not in done.stderr, done.stderr
+    seen = json.loads(re.search(r'<pre id="seen">(.*?)</pre>', done.stdout)[1])
+    assert seen["overflow"] <= 0, "the page must not scroll sideways"
+    assert seen["verdict"] < seen["lifts"] < height
+    assert seen["lift_rows"][1] < height, "the deciding lift and its interval"
+    if width > 760:
+        assert max(seen["lift_rows"]) < height and seen["trend"] < height + 40
+
+
 def test_the_json_holds_the_numbers_of_the_logs(report):
     result, tables = report
     record = json.loads(result.json.read_text())
@@ -156,3 +185,28 @@ def test_completeness_is_the_least_share_and_an_empty_experiment_is_complete():
 def test_missing_logs_are_a_clear_error(tmp_path):
     with pytest.raises(LogError, match="requests"):
         monitor(tmp_path / "nothing", tmp_path / "out")
+
+
+def test_the_workspace_keeps_a_snapshot_of_every_report_under_panels_that_find_it(report, tmp_path):
+    from evidently.ui.workspace import Workspace
+
+    from monitoring import evidently_report
+    from monitoring.verdict import ExperimentPlan
+
+    result, _ = report
+    for _ in range(2):
+        evidently_report.write(tmp_path / "out", result.analysis, ExperimentPlan(), [], [], drift.DriftConfig(), tmp_path / "workspace", "a report")
+    workspace = Workspace.create(str(tmp_path / "workspace"))
+    (project,) = workspace.list_projects()
+    assert project.name == evidently_report.PROJECT
+    assert len(workspace.list_runs(project.id)) == 2
+    stored = {(str(m.params["type"]), m.params.get("arm"), m.params.get("part"), m.params.get("metric_name")) for m in _stored_metrics(workspace, project)}
+    for panel in evidently_report.panels(ExperimentPlan()):
+        for shown in panel.values:  # noqa: PD011 - a panel's metrics
+            labels = shown.metric_labels
+            assert (shown.metric, labels.get("arm"), labels.get("part"), labels["metric_name"]) in stored, panel.title
+
+
+def _stored_metrics(workspace, project):
+    snapshot = workspace.get_run(project.id, workspace.list_runs(project.id)[0])
+    return [value.metric_value_location.metric for value in snapshot.metric_results.values()]

@@ -31,11 +31,12 @@ def executors(documents):
     return {name.removeprefix("exec-"): content["container"] for name, content in documents[0]["deploymentSpec"]["executors"].items()}
 
 
-def test_the_compiled_pipeline_equals_the_code(tmp_path):
+def test_the_compiled_pipelines_equal_the_code(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "EGA_IMAGE"} | {"PYTHONHASHSEED": "5"}
     subprocess.run([sys.executable, "-m", "cli.main", "compile", "--out", tmp_path], cwd=ROOT, env=environment, check=True, timeout=120)
-    (compiled,) = tmp_path.iterdir()
-    assert compiled.read_bytes() == (FOLDER / compiled.name).read_bytes(), "the pipeline changed: `ega compile`"
+    assert {path.name for path in tmp_path.iterdir()} == {"train_and_approve.yaml", "monitor_experiment.yaml"}
+    for compiled in tmp_path.iterdir():
+        assert compiled.read_bytes() == (FOLDER / compiled.name).read_bytes(), "the pipeline changed: `ega compile`"
 
 
 def test_every_step_is_there(executors):
@@ -100,3 +101,14 @@ def test_components_are_thin_wrappers():
         _, *body = function.body
         assert ast.get_docstring(function), path
         assert function.end_lineno - body[0].lineno < 25, f"{path}: the work belongs to a function of a room below"
+
+
+def test_the_monitoring_pipeline_takes_nothing_from_the_cache_and_ends_both_ways():
+    spec, platform = yaml.safe_load_all((FOLDER / "monitor_experiment.yaml").read_text())
+    tasks = spec["root"]["dag"]["tasks"]
+    assert not any(tasks[name]["cachingOptions"].get("enableCache") for name in ("join-events", "judge-experiment"))
+    names = {name.removeprefix("exec-") for name in spec["deploymentSpec"]["executors"]}
+    assert names == {"join-events", "judge-experiment", "merge-logs", "keep-model"}
+    assert any("condition-branches" in name for name in spec["components"])
+    mounted = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert set(mounted) == {f"exec-{name}" for name in names - {"keep-model"}}
