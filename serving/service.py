@@ -52,6 +52,7 @@ class Ranker:
     def start(self) -> None:
         """Load and warm up beside the event loop, so that /livez answers meanwhile and /readyz says 503."""
         DRAINING.clear()
+        metrics.forget_dead_workers()
         metrics.READY.set(0)
         config = load_settings()
         configure(config.log_format)
