@@ -320,7 +320,7 @@ def _read(path: Path, query: str, parameters: Iterable[Any] = ()) -> pd.DataFram
     with closing(sqlite3.connect(f"file:{Path(path).absolute()}?mode=ro", uri=True, timeout=10.0)) as connection:
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         if version != SCHEMA_VERSION:
-            raise EventLogError(f"{path} has format {version}, this release reads {SCHEMA_VERSION}; a service that opens it brings format 1 up")
+            raise EventLogError(f"{path} has format {version}, this release reads {SCHEMA_VERSION}; a service that opens it brings earlier formats up")
         return pd.read_sql_query(query, connection, params=tuple(parameters))
 
 

@@ -31,6 +31,9 @@ _OPEN_PATHS = {"/livez", "/readyz", "/healthz"}
 """Health probes carry no token."""
 _KNOWN_PATHS = {"/v1/rank", "/v1/events"}
 _BODILESS = {"GET", "HEAD", "OPTIONS"}
+_MOST_WAITING = 128
+_NEWEST_SHARE = 0.1
+"""Weight of the newest request in the moving average of time in work."""
 DRAINING = threading.Event()
 """Set on SIGTERM: the service finishes what it has and takes nothing new soon."""
 _DRAIN_FACTOR = 16
@@ -38,25 +41,29 @@ _DRAIN_FACTOR = 16
 
 
 class Admission:
-    """`limit` requests at once; up to `waiting` more may wait in order, until the queue overflows: then nobody waits any more until
-    `calm_seconds` passed without a refusal. A burst is absorbed, while in overload what is accepted is answered fast."""
+    """`limit` requests at once; more may wait in order while their wait is expected to stay below `patience_seconds`. Once one is refused
+    nobody waits any more until `calm_seconds` passed without a refusal: a burst is absorbed, while in overload what is accepted is answered
+    fast. The expectation rests on how long requests were in work lately."""
 
-    def __init__(self, limit: int, waiting: int, calm_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._limit, self._waiting, self._calm, self._clock = limit, waiting, calm_seconds, clock
+    def __init__(self, limit: int, patience_seconds: float, calm_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limit, self._patience, self._calm, self._clock = limit, patience_seconds, calm_seconds, clock
         self._running = 0
+        self._work_seconds = patience_seconds  # until the first one is known
+        self._known = False
         self._queue: deque[asyncio.Future[None]] = deque()
         self._refused_at = -float("inf")
 
-    async def enter(self) -> bool:
-        """Take a slot, after a wait if need be; False: refused. Whoever got True calls `leave`."""
+    async def enter(self) -> float | None:
+        """Take a slot, after a wait if need be: the time it was taken, to be given to `leave`; or None: refused."""
+        now = self._clock()
         if self._running < self._limit:
             self._running += 1
             metrics.ADMITTED.inc()
-            return True
-        now = self._clock()
-        if len(self._queue) >= self._waiting or now - self._refused_at < self._calm:
+            return now
+        wait = (len(self._queue) + 1) * self._work_seconds / self._limit
+        if wait > self._patience or len(self._queue) >= _MOST_WAITING or now - self._refused_at < self._calm:
             self._refused_at = now
-            return False
+            return None
         slot: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queue.append(slot)
         metrics.QUEUED.inc()
@@ -64,16 +71,21 @@ class Admission:
             await slot
         except asyncio.CancelledError:
             if slot.done() and not slot.cancelled():
-                self.leave()
-            else:
+                self._pass_on()
+            elif slot in self._queue:
                 self._queue.remove(slot)
             raise
         finally:
             metrics.QUEUED.dec()
-        return True
+        return self._clock()
 
-    def leave(self) -> None:
+    def leave(self, entered: float) -> None:
         """Give the slot back: to who waits longest, if anybody does."""
+        self._work_seconds += (_NEWEST_SHARE if self._known else 1.0) * (self._clock() - entered - self._work_seconds)
+        self._known = True
+        self._pass_on()
+
+    def _pass_on(self) -> None:
         while self._queue:
             slot = self._queue.popleft()
             if not slot.done():
@@ -84,13 +96,13 @@ class Admission:
 
 
 class Gate:
-    """Middleware for `Ranker.add_asgi_middleware(Gate)`; settings come from EGA_SERVING when the worker builds its app."""
+    """The outermost ASGI app; settings come from EGA_SERVING when the worker builds it."""
 
     def __init__(self, app: App, settings: ServingConfig | None = None, token: str | None = None) -> None:
         self.app = app
         self.settings = settings or load_settings()
         self._token = (token if token is not None else os.environ.get(TOKEN_VARIABLE, "")).encode()
-        self._admission = Admission(self.settings.admission_limit, self.settings.queue_limit, self.settings.queue_calm_ms / 1e3)
+        self._admission = Admission(self.settings.admission_limit, self.settings.queue_ms / 1e3, self.settings.queue_calm_ms / 1e3)
         self._buffered = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -126,7 +138,8 @@ class Gate:
                 await self._refuse(send, None, headers, 400, "empty_body", "the body is empty; send a JSON object", close=False)
                 return
             complete = time.perf_counter()
-            if not await self._admission.enter():
+            entered = await self._admission.enter()
+            if entered is None:
                 await self._refuse(send, None, headers, 429, "overloaded", "too many requests at once; try again after Retry-After seconds", close=False)
                 return
             metrics.QUEUE_SECONDS.observe(time.perf_counter() - complete)
@@ -134,7 +147,7 @@ class Gate:
             try:
                 await self.app(scope, _Replay(body, receive), shaped)
             finally:
-                self._admission.leave()
+                self._admission.leave(entered)
                 path = scope["path"] if scope["path"] in _KNOWN_PATHS else "other"
                 metrics.REQUEST_SECONDS.labels(path=path, status=str(shaped.status)).observe(time.perf_counter() - complete)
         finally:

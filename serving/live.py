@@ -59,18 +59,19 @@ class LiveModels:
         self._places = dict(loaded)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="models", initializer=lambda: os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS))
         self._changing = threading.Lock()
+        self._shown: set[tuple[str, str]] = set()
         self._install()
 
     def _install(self) -> None:
         arms = {
             arm.name: (self._places.get(ARM + arm.name) or self._places[LIVE]) if arm.policy == "model" else self._bootstrap for arm in self._config.arms
         }
-        self._ranking.install(Live(arms, self._places.get(SHADOW)))
-        metrics.MODEL_LIVE.clear()
-        for name, policy in arms.items():
-            metrics.MODEL_LIVE.labels(place=name, model_version=policy.version).set(1)
-        if SHADOW in self._places:
-            metrics.MODEL_LIVE.labels(place=SHADOW, model_version=self._places[SHADOW].version).set(1)
+        shadow = self._places.get(SHADOW)
+        self._ranking.install(Live(arms, shadow))
+        live = {(arm, policy.version) for arm, policy in arms.items()} | ({(SHADOW, shadow.version)} if shadow else set())
+        for place, version in self._shown | live:  # over several processes a label cannot be taken back, only set to 0
+            metrics.MODEL_LIVE.labels(place=place, model_version=version).set(int((place, version) in live))
+        self._shown |= live
 
     def models(self) -> list[dict[str, Any]]:
         """Every approved entry, newest first: tag, version, approval, gates, places; `error` for one that must not be served."""

@@ -5,7 +5,11 @@ deploy/grafana/ega.json draws them. Gauges are of the worker that answers the sc
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client.multiprocess import mark_process_dead
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
@@ -28,3 +32,12 @@ MODEL_SWAPS = Counter("ega_model_swaps_total", "Changes of the live model, by ou
 SHADOW_PAGES = Counter("ega_shadow_pages_total", "Pages for the shadow model, by outcome: ranked, failed, dropped (busy).", ["model_version", "outcome"])
 SHADOW_OVERLAP = Histogram("ega_shadow_overlap", "Share of the shadow page's ads that the answered page shows too.", buckets=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0))
 READY = Gauge("ega_ready", "1 while the service takes traffic; 0 before it is warm and while it drains.", multiprocess_mode="livemax")
+
+
+def forget_dead_workers() -> None:
+    """Drop the gauges that a killed worker left behind; without this its last values are served for ever."""
+    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    for file in Path(folder).glob("gauge_live*_*.db") if folder else ():
+        pid = int(file.stem.rpartition("_")[2])
+        if not Path(f"/proc/{pid}").exists():
+            mark_process_dead(pid, folder)

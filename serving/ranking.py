@@ -93,8 +93,15 @@ class Ranking:
             raise RuntimeError("the catalogue holds no active ads; build the features first")
         for ads in self._cities.values():
             self._fallback.prepare(ads)
-        for policy in {id(policy): policy for policy in self._live.arms.values()}.values():
+        live = self._live
+        for policy in {id(policy): policy for policy in live.arms.values()}.values():
             self.check(policy)
+        if live.shadow is not None:
+            try:
+                self.check(live.shadow)
+            except RuntimeError:
+                logger.exception("the shadow model is left out")
+                self.install(Live(live.arms))
 
     def check(self, policy: Policy) -> None:
         """Prepare a policy for every city and ask it golden requests; raises RuntimeError where an answer breaks a law."""

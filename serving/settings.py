@@ -96,10 +96,10 @@ class ServingConfig:
     """Time a client has to send its body; beyond: 408."""
     admission_limit: int = 2
     """Requests in the worker's threads at once; there are two of them."""
-    queue_limit: int = 8
-    """Requests of a burst that may wait for admission; beyond: 429 with Retry-After."""
+    queue_ms: float = 250.0
+    """Longest wait for admission that is expected of a request of a burst, milliseconds; beyond: 429 with Retry-After."""
     queue_calm_ms: float = 400.0
-    """Once the queue overflowed it is no burst but overload: nobody waits until no request was refused for this long, milliseconds."""
+    """Once one was refused it is no burst but overload: nobody waits until no request was refused for this long, milliseconds."""
     feature_deadline_ms: float = 50.0
     """Longest wait for the user's features, milliseconds; beyond: the last known ones or the default user, answer marked degraded."""
     feature_failures: int = 5
@@ -167,7 +167,7 @@ class ServingConfig:
             value = getattr(self, name)
             if not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be finite and > 0, got {value}")
-        for name in ("queue_limit", "push_wait_ms", "drain_seconds"):
+        for name in ("queue_ms", "push_wait_ms", "drain_seconds"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be finite and >= 0, got {getattr(self, name)}")
         if not 0 <= self.admin_port < 65_536:

@@ -215,6 +215,8 @@ def decide(home: Path, key: bytes, tag: str, place: str = LIVE, rollback: bool =
 
     Raises ApprovalError, with nothing written; so it does when a rollback's target is no longer `previous_tag` (another operator was faster).
     """
+    if place not in (LIVE, SHADOW) and not place.startswith(ARM):
+        raise ApprovalError(f"refused: no place {place!r}; places are {LIVE!r}, {SHADOW!r} and {ARM + 'NAME'!r}")
     with _locked(home):
         if tag != NO_MODEL:
             _check_entry(home, tag, key)

@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 
@@ -167,6 +168,37 @@ def test_a_torn_wal_tail_drops_only_the_torn_page(tmp_path: Path) -> None:
         Path(f"{copy}-wal").write_bytes(tail[:cut])
         assert EventLog(copy).stored(4) is not None
         assert read_requests(copy)["request_id"].tolist() == [1, 2, 3, 4]
+
+
+def test_events_wait_for_their_push_and_a_purchase_for_its_click(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "events.db")
+    log.write_page(page(1))
+    purchase, click = EventRecord("purchase", 1, 2, None, NOW, 9.0), EventRecord("click", 1, 2, None, NOW, 0.0)
+    log.write_events([purchase], NOW)
+    assert log.unpushed()[1] == []
+    log.write_events([click, EventRecord("click", 1, 1, None, NOW, 0.0)], NOW)
+    behaviours, keys = log.unpushed()
+    assert sorted(keys) == [(1, 1, "click"), (1, 2, "click"), (1, 2, "purchase")]
+    assert behaviours.equals(read_behaviours(tmp_path / "events.db"))
+    log.mark_pushed(keys[:1])
+    assert sorted(log.unpushed()[1]) == sorted(keys[1:]) and len(log.unpushed()[0]) == 2
+    assert len(log.unpushed(1)[1]) == 1
+
+
+def test_a_log_of_the_format_before_is_brought_up(tmp_path: Path) -> None:
+    path = tmp_path / "events.db"
+    log = EventLog(path)
+    log.write_page(page(1))
+    log.write_events([EventRecord("click", 1, 1, None, NOW, 0.0)], NOW)
+    log.close()
+    with closing(sqlite3.connect(path)) as older:
+        older.executescript("DROP INDEX event_unpushed; ALTER TABLE event DROP COLUMN pushed; DROP TABLE shadow; PRAGMA user_version=2;")
+    with pytest.raises(EventLogError, match="format 2"):
+        read_requests(path)
+    log = EventLog(path)
+    assert log.unpushed()[1] == [] and len(read_behaviours(path)) == 1 and read_impressions(path)["click"].sum() == 1  # its clicks are old news
+    log.write_events([EventRecord("click", 1, 2, None, NOW, 0.0)], NOW)
+    assert log.unpushed()[1] == [(1, 2, "click")]
 
 
 def test_foreign_files_are_refused(tmp_path: Path) -> None:

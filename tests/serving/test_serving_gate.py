@@ -118,9 +118,10 @@ async def slow_app(scope: Any, receive: Any, send: Any) -> None:
 
 
 def test_beyond_the_admission_limit_is_429_at_once() -> None:
-    gate = Gate(slow_app, config(admission_limit=2, queue_limit=0, queue_calm_ms=1.0), token="")
+    gate = Gate(slow_app, config(admission_limit=2, queue_ms=0.0, queue_calm_ms=1.0), token="")
 
     async def work() -> Any:
+        await call(gate)
         first = await asyncio.gather(*(call(gate) for _ in range(5)))
         return first, await call(gate)
 
@@ -130,51 +131,87 @@ def test_beyond_the_admission_limit_is_429_at_once() -> None:
     assert refused[1]["retry-after"] == "1" and error(refused[2])["code"] == "overloaded"
 
 
-def test_a_burst_waits_and_an_overflow_ends_the_waiting_until_it_is_calm() -> None:
+class Clock:
     now = 0.0
-    admission = Admission(limit=1, waiting=2, calm_seconds=0.4, clock=lambda: now)
+
+    def __call__(self) -> float:
+        return self.now
+
+
+async def worked(admission: Admission, clock: Clock, seconds: float, times: int = 100) -> None:
+    """Requests one after the other, each so long in work."""
+    for _ in range(times):
+        entered = await admission.enter()
+        assert entered is not None
+        clock.now += seconds
+        admission.leave(entered)
+
+
+def test_a_burst_waits_in_order_and_a_refusal_ends_the_waiting_until_it_is_calm() -> None:
+    clock = Clock()
+    admission = Admission(limit=1, patience_seconds=0.25, calm_seconds=0.4, clock=clock)
 
     async def work() -> None:
-        nonlocal now
-        assert await admission.enter()
+        await worked(admission, clock, 0.1)
+        began = clock.now
+        first = await admission.enter()
         waiting = [asyncio.create_task(admission.enter()) for _ in range(2)]
         await asyncio.sleep(0)
-        assert not await admission.enter()  # the queue is full
-        admission.leave()
-        assert await waiting[0] and not waiting[1].done()  # in order of arrival
-        now = 0.3
-        assert not await admission.enter()  # there is room, but it was no burst
-        now = 0.65
-        assert not await admission.enter()  # a refusal renews the overload
-        now = 1.1
+        assert await admission.enter() is None  # the third would wait 0.3 s
+        clock.now += 0.1
+        admission.leave(first)
+        second = await waiting[0]
+        assert second == clock.now and not waiting[1].done()  # in order of arrival
+        clock.now = began + 0.3
+        assert await admission.enter() is None  # there is room, but it was no burst
+        clock.now = began + 0.65
+        assert await admission.enter() is None  # a refusal renews the overload
+        clock.now = began + 1.1
         later = asyncio.create_task(admission.enter())
-        admission.leave()
-        assert await waiting[1]
-        admission.leave()
-        assert await later
-        admission.leave()
-        assert await admission.enter()  # all slots came back
+        await asyncio.sleep(0)
+        admission.leave(clock.now - 0.1)
+        third = await waiting[1]
+        admission.leave(third)
+        admission.leave(await later)
+        assert await admission.enter() is not None  # all slots came back
+
+    run(work)
+
+
+@pytest.mark.parametrize(("work_seconds", "waiting"), [(0.01, 50), (0.1, 5), (0.5, 1), (0.6, 0), (3.0, 0)])
+def test_how_many_may_wait_follows_from_how_long_the_work_takes(work_seconds: float, waiting: int) -> None:
+    clock = Clock()
+    admission = Admission(limit=2, patience_seconds=0.2501, calm_seconds=0.4, clock=clock)
+
+    async def work() -> None:
+        await worked(admission, clock, work_seconds)
+        assert None not in [await admission.enter() for _ in range(2)]
+        tasks = [asyncio.create_task(admission.enter()) for _ in range(200)]
+        await asyncio.sleep(0)
+        assert sum(not task.done() for task in tasks) == waiting
+        for task in tasks:
+            task.cancel()
 
     run(work)
 
 
 def test_who_stops_waiting_costs_no_slot() -> None:
-    admission = Admission(limit=1, waiting=4, calm_seconds=0.4)
+    clock = Clock()
+    admission = Admission(limit=1, patience_seconds=1.0, calm_seconds=0.4, clock=clock)
 
     async def work() -> None:
-        assert await admission.enter()
+        await worked(admission, clock, 0.01)
+        first = await admission.enter()
+        assert first is not None
         waiting = [asyncio.create_task(admission.enter()) for _ in range(3)]
         await asyncio.sleep(0)
         waiting[0].cancel()
-        admission.leave()  # in the same turn as the cancellation, and the slot of one that was given it and is cancelled
-        await asyncio.sleep(0)
-        waiting[1].cancel()
-        await asyncio.sleep(0.01)
-        if not waiting[2].done():
-            admission.leave()
-        assert await waiting[2]
-        admission.leave()
-        assert await admission.enter() and not admission._queue
+        admission.leave(first)  # in the same turn as the cancellation: the slot goes to the next
+        waiting[1].cancel()  # which was given it and is cancelled before it runs
+        third = await asyncio.wait_for(waiting[2], 5)
+        assert third is not None
+        admission.leave(third)
+        assert await admission.enter() is not None and not admission._queue
 
     run(work)
 

@@ -21,6 +21,7 @@ from serving.catalogue import split_by_city
 from serving.event_log import EventLog, read_shadow
 from serving.live import Busy, LiveModels, Refused
 from serving.messages import RankRequest
+from serving.metrics import MODEL_LIVE
 from serving.policies import Model
 from serving.ranking import Ranking
 from serving.settings import Arm, ServingConfig, SettingsError
@@ -274,8 +275,22 @@ def test_the_shadow_ranks_along_and_is_never_shown(served: Served, bundles: list
     assert len(shadow) and set(shadow["model_version"]) == {tag[7:]} and set(shadow["request_id"]) <= {page["request_id"] for page in pages}
     first = shadow[shadow["request_id"] == shadow["request_id"].iloc[0]]
     assert first["slot"].tolist() == [1, 2, 3, 4, 5] and (first["price"] > 0).all()
+    again = Served(tmp_path)  # the next start lets it rank along as well
+    again.ranking._log.write_shadow = lambda request, version, took, page: written.append(version)  # type: ignore[method-assign]
+    written: list[str] = []
+    again.ranking.rank(ask())
+    again.close()
+    assert written == [tag[7:]]
     served.models.activate("", "shadow")
     assert served.ranking._live.shadow is None
+
+
+def test_the_live_metric_shows_one_version_a_place(served: Served, bundles: list[Path], tmp_path: Path) -> None:
+    served.models.activate(approve(tmp_path, bundles[1]))
+    served.models.rollback()
+    values = {(sample.labels["place"], sample.labels["model_version"]): sample.value for family in MODEL_LIVE.collect() for sample in family.samples}
+    old, new = live_model(tmp_path, KEY).version, served.models.models()[0]["tag"][7:]
+    assert old != new and values["ega", old] == 1 and values["ega", new] == 0
 
 
 def test_the_old_model_is_freed_when_its_last_request_ends(served: Served, bundles: list[Path], tmp_path: Path) -> None:
