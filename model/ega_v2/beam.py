@@ -409,3 +409,64 @@ class _Search:
 def best_page(pages: Pages, value_BR: Tensor) -> Tensor:
     """Index [B] of the page of greatest value among those that exist; of equal ones the better beam."""
     return top(torch.where(torch.isfinite(pages.score), value_BR.double(), -torch.inf), 1).squeeze(1)
+
+
+def log_chances(poi_logits_BRKCW: Tensor, creative_logits_BRKEW: Tensor, catalogue: Catalogue, offers: Offers, pages: Pages, config: SearchConfig) -> tuple[Tensor, Tensor]:
+    """log z of the POI and of the creative in every slot of given pages, [B, R, K] each; differentiable in the logits.
+
+    What a policy gradient needs: the pages are those of a search with these offers, the logits what the network says of their codes
+    (`EgaV2.page_logits`), now with gradients. Legal codes and weights are those of the search, so equal logits give the search's own log z.
+    """
+    batch, beams, slots = pages.ad.shape
+    if poi_logits_BRKCW.shape[:4] != (batch, beams, slots, catalogue.poi.depth) or creative_logits_BRKEW.shape[:4] != (batch, beams, slots, catalogue.creative.depth - 1):
+        raise SearchError(f"logits of shapes {tuple(poi_logits_BRKCW.shape)} and {tuple(creative_logits_BRKEW.shape)} do not belong to pages of shape {(batch, beams, slots)}")
+    replay = _Replay(_Given(poi_logits_BRKCW, creative_logits_BRKEW), catalogue, offers, slots, SearchConfig(beams, config.alpha, config.beta, config.bid_of_prefix))
+    replay.pages = pages
+    replay.run()
+    steps = slots * (catalogue.poi.depth + catalogue.creative.depth - 1)
+    nothing = torch.zeros(batch * beams, dtype=torch.float64)  # of slots that no page fills
+    gained = torch.stack([*replay.gained, *[nothing] * (steps - len(replay.gained))], -1).view(batch, beams, slots, -1)
+    return gained[..., : catalogue.poi.depth].sum(-1), gained[..., catalogue.poi.depth :].sum(-1)
+
+
+class _Given:
+    """A `Decoder` whose logits are known beforehand."""
+
+    def __init__(self, poi: Tensor, creative: Tensor) -> None:
+        self.poi, self.creative = iter(poi.flatten(2, 3).unbind(2)), iter(creative.flatten(2, 3).unbind(2))
+
+    def poi_logits(self, previous_BR: Tensor | None) -> Tensor:
+        return next(self.poi)
+
+    def creative_logits(self, poi_BRC: Tensor, previous_BR: Tensor | None) -> Tensor:
+        return next(self.creative)
+
+    def keep(self, parent_BR: Tensor) -> None:
+        raise AssertionError("given pages change no places")
+
+
+class _Replay(_Search):
+    """A search that takes the codes of given pages instead of the best; `gained` collects the log z of every step, [B * R]."""
+
+    pages: Pages
+
+    def run(self) -> Pages:
+        self.gained: list[Tensor] = []
+        self.exists = torch.isfinite(self.pages.score).view(-1)
+        return super().run()
+
+    def _advance(self, logits_BRW: Tensor, code: Tensor, node: Tensor, log_weight: Tensor, slot: int, first_log: int = 0) -> tuple[Tensor, Tensor]:
+        codes = self.pages.creative_codes if first_log else self.pages.poi_codes
+        step = len(self.gained) % (self.poi.depth + self.creative.depth - 1)
+        wanted = codes[:, :, slot, step - (self.poi.depth if first_log else 0)].reshape(-1, 1).clamp(min=0)
+        taken = (self.filling & self.exists).unsqueeze(1)
+        legal = (code == wanted) & torch.isfinite(log_weight)
+        if bool((taken & ~legal.any(1, keepdim=True)).any()):
+            raise SearchError(f"a page holds a code in slot {slot} that its offers do not allow; pass the offers that it was found with")
+        column = legal.int().argmax(1, keepdim=True)
+        # Rows without a page have no legal code, and so no softmax and no gradient.
+        logits = torch.gather(logits_BRW.flatten(0, 1), 1, code).double() + torch.where(taken, log_weight, 0.0)
+        gained = torch.gather(torch.log_softmax(logits, -1), 1, column)
+        self.gained.append(torch.where(taken, gained, 0.0).squeeze(1))
+        self._column("node").copy_(torch.gather(node, 1, column))
+        return torch.gather(code, 1, column).view(self.batch, self.beams), torch.arange(len(code))

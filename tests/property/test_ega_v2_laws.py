@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from v2_reference import TableDecoder, all_pages, random_market
+from v2_reference import TableDecoder, all_pages, mix, random_market, table_logit
 
-from model.ega_v2.beam import Offers, Pages, SearchConfig, search, top
+from model.ega_v2.beam import Offers, Pages, SearchConfig, SearchError, log_chances, search, top
 from model.ega_v2.trie import Trie
 
 LAW = settings(max_examples=60, deadline=None)
@@ -218,3 +218,36 @@ def test_top_breaks_ties_by_position(seed: int, width: int, count: int) -> None:
     found = top(torch.from_numpy(noisy), min(count, width))
     for row, chosen in zip(scores, found.tolist(), strict=True):
         assert chosen == sorted(range(width), key=lambda i: (-row[i], i))[: min(count, width)]
+
+
+@FEW
+@given(seeds, st.integers(0, 6), st.integers(0, 3), st.integers(1, 3), st.sampled_from(["max", "mean"]))
+def test_the_chance_of_a_found_page_is_found_again_with_gradients(seed: int, ads: int, organics: int, slots: int, of_prefix: str) -> None:
+    market, config = random_market(seed, ads, organics), SearchConfig(beams=9, bid_of_prefix=of_prefix)
+    pages = pages_of(market, slots, config, seed)
+    state = torch.full((1, 9), seed)
+    poi, creative = (torch.zeros(1, 9, slots, 2, 3, dtype=torch.float64) for _ in range(2))
+    for slot in range(slots):  # what TableDecoder says of these pages
+        for table, codes in ((poi, pages.poi_codes), (creative, pages.creative_codes)):
+            for layer in range(2):
+                if table is creative and layer == 0:
+                    state = mix(state, pages.poi_codes[:, :, slot].sum(-1))
+                elif layer or slot:
+                    before = codes[:, :, slot, layer - 1] if layer else pages.poi_codes[:, :, slot - 1, -1]
+                    state = mix(state, torch.where(before < 0, 3, before))
+                table[:, :, slot, layer] = table_logit(state.unsqueeze(-1), torch.arange(3))
+    poi.requires_grad_(True)
+    creative.requires_grad_(True)
+    found = log_chances(poi, creative, market.catalogue(), market.offers(), pages, config)
+    torch.testing.assert_close(found[0], pages.poi_log_z)
+    torch.testing.assert_close(found[1], pages.creative_log_z)
+    if not bool((pages.poi_codes >= 0).any()):
+        return  # nothing was shown, so there is nothing to learn
+    (found[0].sum() + found[1].sum()).backward()
+    for table, codes in ((poi, pages.poi_codes), (creative, pages.creative_codes)):
+        assert bool(torch.isfinite(table.grad).all()) and bool((table.grad[codes < 0] == 0).all())
+        torch.testing.assert_close(table.grad.sum(-1), torch.zeros(codes.shape, dtype=torch.float64))  # of a softmax
+    allowed = {poi for poi, active in zip(market.poi, market.active, strict=True) if active} | set(market.organic)
+    if allowed and (2, 2) not in allowed:
+        with pytest.raises(SearchError, match="do not allow"):
+            log_chances(poi, creative, market.catalogue(), market.offers(), replace(pages, poi_codes=torch.where(pages.poi_codes >= 0, 2, -1)), config)

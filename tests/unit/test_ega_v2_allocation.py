@@ -9,7 +9,7 @@ import torch
 from v2_tiny import SIZES, history, market, network
 
 from model.ega_v2.allocation import Allocation, ItemFeatures, allocate
-from model.ega_v2.beam import Offers, SearchConfig, search
+from model.ega_v2.beam import Offers, Pages, SearchConfig, log_chances, search
 from model.ega_v2.network import PageItems
 
 REQUESTS, ADS, ORGANICS, SLOTS, CONFIG = 3, 9, 2, 3, SearchConfig(beams=7)
@@ -72,3 +72,24 @@ def test_organic_items_alone_make_a_page_worth_nothing() -> None:
     bare, _ = market(1, 0, ORGANICS)
     nothing = Offers(offers.bid[:, :0], offers.active[:, :0], offers.value[:, :0], offers.organic, offers.organic_creative)
     assert allocate(model, seen, bare, nothing, features(ads=0), SLOTS, CONFIG).organic.tolist() == [[0, 1, -1]]
+
+
+def test_a_step_along_the_gradient_makes_a_page_likelier() -> None:
+    """What a policy gradient does: the search's own log z, now with gradients, from whole pages at once."""
+    model, (catalogue, offers), seen = network(), market(REQUESTS, ADS, ORGANICS), history(REQUESTS)
+    with torch.inference_mode():
+        found = search(model.decoder(seen, CONFIG.beams, SLOTS), catalogue, offers, SLOTS, CONFIG)
+    pages = Pages(*(values[:, 2:3].clone() for values in vars(found).values()))
+
+    def chances() -> tuple[torch.Tensor, torch.Tensor]:
+        logits = model.page_logits(model.encode(seen), pages.poi_codes[:, 0], pages.creative_codes[:, 0])
+        return log_chances(logits.poi.unsqueeze(1), logits.creative.unsqueeze(1), catalogue, offers, pages, CONFIG)
+
+    before = chances()
+    torch.testing.assert_close(before[0], pages.poi_log_z, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(before[1], pages.creative_log_z, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sum(before).sum(-1), pages.score, rtol=1e-4, atol=1e-5)
+    optimiser = torch.optim.SGD(model.enter_stage("pretrain"), lr=0.01)
+    (-sum(before).sum()).backward()
+    optimiser.step()
+    assert float(sum(chances()).sum()) > float(sum(before).sum()) + 0.01
