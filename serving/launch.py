@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import ProxyHandler, build_opener
+
+import psutil
 
 from model.bundle import BundleError, signing_key
 from serving.settings import SETTINGS_VARIABLE, STARTUP_ERROR_VARIABLE, ServingConfig, SettingsError, save_settings
@@ -122,13 +124,23 @@ def _wait_ready(url: str, process: subprocess.Popen[bytes], complaint: Path, wai
 
 
 def stop(process: subprocess.Popen[bytes], patience_seconds: float = 15.0) -> None:
-    """SIGTERM, so that requests in flight end; after the patience SIGKILL to the child's own group."""
+    """SIGTERM, so that requests in flight end; after the patience SIGKILL to the child and its workers."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
         try:
             process.wait(patience_seconds)
         except BaseException as error:  # too slow, or the user insists: nothing of ours may live on
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            kill(process)
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to the child and its workers, which are in process groups of their own."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    for worker in family:
+        with suppress(psutil.NoSuchProcess):
+            worker.kill()
+    psutil.wait_procs(family)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
 import logging
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,8 @@ from serving.settings import STARTUP_ERROR_VARIABLE, ServingConfig, load_setting
 if TYPE_CHECKING:
     from serving.admin import AdminServer
     from serving.assembly import Assembled
+
+_PR_SET_PDEATHSIG = 1
 
 logger = logging.getLogger("ega.serving")
 logging.getLogger("bentoml._internal.server.http_app").addFilter(QuietValidation())
@@ -58,6 +62,7 @@ class Ranker:
         configure(config.log_format)
         if threading.current_thread() is threading.main_thread():  # not under a test client
             _drain_on_sigterm(config.drain_seconds)
+            _end_with_parent()
         threading.Thread(target=self._load, args=(config,), name="load", daemon=True).start()
 
     def _load(self, config: ServingConfig) -> None:
@@ -125,6 +130,12 @@ def _drain_on_sigterm(seconds: float) -> None:
         loop.call_soon_threadsafe(loop.call_later, seconds, stop, number, None)
 
     signal.signal(signal.SIGTERM, drain)
+
+
+def _end_with_parent() -> None:
+    """Ask Linux for a SIGTERM when the supervisor dies: a worker that outlives it would hold the ports that its successor needs."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class _Gated(type(Ranker)):  # type: ignore[misc]

@@ -32,7 +32,7 @@ from benchmarks.load import Answer, Client, bodies_of, closed_loop, load, open_l
 from features.store import REDIS_VARIABLE
 from model.bundle import signing_key
 from serving.event_log import read_impressions, read_requests
-from serving.launch import Running, free_port, running_service
+from serving.launch import Running, free_port, kill, running_service
 from serving.settings import Arm, ServingConfig, save_settings
 from serving.store import approve_bundle, approved, write_gate_record
 
@@ -208,13 +208,13 @@ def test_kill_9_under_load_loses_no_answered_page(whole: bool, own: Path, tmp_pa
     config = settings_of(own, feature_deadline_ms=1_000.0)
     bodies = bodies_of(own, 200, np.random.default_rng(2))
     answers: list[Answer] = []
-    for _ in range(3):
+    for _ in range(2):
         with running_service(config, log=tmp_path / "log", wait_seconds=300) as service:
             rate = 0.5 * capacity_of(service, bodies)
             background = Background(service.url, bodies, rate, 12.0 if whole else 60.0)
             time.sleep(4.0)
             if whole:
-                os.killpg(service.process.pid, signal.SIGKILL)
+                kill(service.process)
             else:
                 worker_of(service).kill()
             answers += background.end()
@@ -227,6 +227,17 @@ def test_kill_9_under_load_loses_no_answered_page(whole: bool, own: Path, tmp_pa
         assert statuses[200] > 0 and set(statuses) <= {0, 200, 429, 503}, statuses
         assert_on_record(config, answers)
     print({"statuses": dict(statuses)})
+
+
+def test_a_worker_ends_with_its_supervisor(own: Path, tmp_path: Path) -> None:
+    config = settings_of(own)
+    with running_service(config, log=tmp_path / "log") as service:
+        worker = worker_of(service)
+        service.process.kill()
+        service.process.wait()
+        worker.wait(60)
+    with running_service(config, log=tmp_path / "log") as service:  # the admin port is free again
+        assert post(service.url, "/v1/rank", BODY)[0] == 200
 
 
 def test_sigterm_under_load_resets_nobody_who_heeds_connection_close(own: Path, tmp_path: Path) -> None:
