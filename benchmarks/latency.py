@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 
-PAPER: dict[str, Any] = {
-    "width": 128, "embedding": 16, "blocks": 6, "auction_blocks": 3, "clusters": 128, "heads": 4, "feed_forward": 4, "head_hidden": (128, 32), "slots": 5,
-}  # fmt: skip
-"""D, m, m_e, C, H, K of the paper; `NetworkConfig` names them."""
+from benchmarks import flops
+
+PAPER: dict[str, Any] = {**flops.PAPER, "embedding": 16, "feed_forward": 4, "slots": 5}
 QUICKSTART: dict[str, Any] = {
     "width": 64, "embedding": 24, "blocks": 2, "auction_blocks": 2, "clusters": 16, "heads": 2, "feed_forward": 2, "head_hidden": (128, 32), "slots": 5,
     "fusion_after": (1, 2), "qkv_activation": "none", "cross_features": True,
@@ -180,9 +179,11 @@ def resident_megabytes(ads: int, behaviours: int, network: dict[str, Any], execu
 
 def latency(
     device: str = "cpu", ads: int = 100_000, behaviours: int = 1_000, fusions: tuple[tuple[int, ...], ...] = ((3, 6), (6,)), runs: int = 5,
-    network: dict[str, Any] | None = None, quickstart_ads: int = 3_000, rounding_requests: int = 20,
+    network: dict[str, Any] | None = None, quickstart_ads: int = 3_000, rounding_requests: int = 20, quick: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """One request at the paper's sizes: plain network, each saving, the matrix-multiply floor, growth with N, memory."""
+    if quick:
+        return latency(device, 2_000, 140, ((2, 3), (3,)), 1, {**PAPER, "width": 16, "clusters": 4, "blocks": 3, "auction_blocks": 1, "heads": 2}, 200, 2)
     import torch
 
     from model.ega_v1.inference import Execution

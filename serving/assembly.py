@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pandas as pd
 
-from features.store import UserFeatures, check_store, load_catalogue, open_store, push_behaviours, read_snapshot, read_user
+from features.store import UserFeatures, check_store, load_catalogue, open_store, push_behaviours, read_snapshot, read_user, source_path
 from model.bundle import signing_key
-from serving.catalogue import split_by_city
+from serving.catalogue import Feed, split_by_city
 from serving.event_log import EventLog
 from serving.live import LiveModels
 from serving.pacing import read_budgets
@@ -40,8 +40,11 @@ class Assembled:
     ranking: Ranking
     models: LiveModels | None
     """None where no arm serves a model."""
+    feed: Feed
+    """Keeps ads and bids those of the catalogue; started once the service is warm."""
 
     def close(self) -> None:
+        self.feed.close()
         if self.models is not None:
             self.models.close()
         self.ranking.close()
@@ -57,7 +60,8 @@ def assemble(config: ServingConfig) -> Assembled:
     if not any(arm.policy == "model" for arm in config.arms):
         cities = split_by_city(load_catalogue(config.home))
         log = EventLog(config.event_log, config.events_synchronous, budgets)
-        return Assembled(Ranking(config, cities, {"bootstrap": bootstrap}, UserReader(lambda user_id: None, 1.0), log), None)
+        ranking = Ranking(config, cities, {"bootstrap": bootstrap}, UserReader(lambda user_id: None, 1.0), log)
+        return Assembled(ranking, None, catalogue_feed(config, ranking))
     key = signing_key(config.key_home)
     length = int(read_snapshot(config.home)["behaviours"])
     cities = split_by_city(load_catalogue(config.home))
@@ -76,7 +80,12 @@ def assemble(config: ServingConfig) -> Assembled:
     pusher = Pusher(log, _pushing(config.home, length)) if config.push_events else None
     any_model = loaded.get(LIVE) or next(policy for place, policy in loaded.items() if place.startswith(ARM))
     ranking = Ranking(config, cities, {"bootstrap": bootstrap, "model": any_model}, _reading(config, length), log, pusher=pusher)
-    return Assembled(ranking, LiveModels(config, key, ranking, load, loaded))
+    return Assembled(ranking, LiveModels(config, key, ranking, load, loaded), catalogue_feed(config, ranking))
+
+
+def catalogue_feed(config: ServingConfig, ranking: Ranking) -> Feed:
+    """What renews the snapshots of a Ranking when the `ad_catalog` view changes; not started yet."""
+    return Feed(source_path(config.home, "ad_catalog"), lambda: load_catalogue(config.home), ranking.renew, config.catalogue_seconds)
 
 
 class _Store:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import threading
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from serving.errors import Refusal
+
+logger = logging.getLogger("ega.serving")
 
 _INTEGERS = ("ad_id", "creative_id", "poi_id", "category_id", "impressions", "clicks")
 _REALS = ("latitude", "longitude", "bid", "reserve")
@@ -32,7 +38,9 @@ class CityAds:
     frame: pd.DataFrame
     """The catalogue rows in the same order, for encoders."""
     version: str
-    """First 12 hex digits of a sha256 over ids, places, bids and reserves: names the snapshot in receipts."""
+    """First 12 hex digits of a sha256 over ids, places, bids, reserves and counts: names the snapshot in receipts."""
+    members: str
+    """The same over ids, places and what else a model reads of the ads: two snapshots with equal members differ in bids and counts alone."""
 
     def rows_of(self, ids: list[int], field: str) -> np.ndarray:
         """Rows of the ads; raises Refusal (422) naming the first id that is not an active ad of this city."""
@@ -65,9 +73,57 @@ def split_by_city(catalogue: pd.DataFrame) -> dict[int, CityAds]:
 
 def _snapshot(city: int, frame: pd.DataFrame) -> CityAds:
     columns = {name: frame[name].to_numpy(np.int64) for name in _INTEGERS} | {name: frame[name].to_numpy(np.float64) for name in _REALS}
-    digest = hashlib.sha256()
-    for name in ("ad_id", "latitude", "longitude", "bid", "reserve"):
-        digest.update(columns[name].tobytes())
+    read = [columns[name] for name in ("ad_id", "latitude", "longitude")] + [frame[name].to_numpy() for name in sorted(frame.columns) if name.endswith("_id") or name == "price_band"]
+    version, members = _digest(columns[name] for name in _REALS + _INTEGERS), _digest(read)
     for column in columns.values():
         column.setflags(write=False)
-    return CityAds(city_id=city, frame=frame, version=digest.hexdigest()[:12], **columns)
+    return CityAds(city_id=city, frame=frame, version=version, members=members, **columns)
+
+
+def _digest(arrays: Iterable[np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:12]
+
+
+class Feed:
+    """Watches the file that the catalogue comes from and hands on what changed, from a thread of its own.
+
+    A file that cannot be read, or a snapshot that is refused, leaves the ads as they are; it is tried again when the file changes once more.
+    """
+
+    def __init__(self, path: Path, load: Callable[[], pd.DataFrame], renew: Callable[[dict[int, CityAds]], None], seconds: float) -> None:
+        """`load` reads the catalogue of `path`; `renew` takes the snapshots by city; `seconds` between two looks."""
+        self._path, self._load, self._renew, self._seconds = path, load, renew, seconds
+        self._seen: tuple[int, ...] | None = None  # the first look reads the file: it may have changed while the service started
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="catalogue", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Returns when no renewal is under way any more."""
+        self._closed.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _stamp(self) -> tuple[int, ...] | None:
+        try:
+            found = self._path.stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns, found.st_size
+
+    def _run(self) -> None:
+        while not self._closed.wait(self._seconds):
+            stamp = self._stamp()
+            if stamp is None or stamp == self._seen:
+                continue
+            self._seen = stamp
+            try:
+                self._renew(split_by_city(self._load()))
+            except Exception:
+                logger.exception("the changed catalogue %s is not taken over; ads and bids stay as they were", self._path)
+

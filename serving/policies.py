@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -40,6 +41,25 @@ class Query:
     """Bids before pacing; None: the same."""
 
 
+StateT = TypeVar("StateT")
+
+
+class Snapshots(Generic[StateT]):
+    """What a policy keeps of each city's newest two snapshots: the one before still serves the requests that began with it."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, dict[str, StateT]] = {}
+
+    def add(self, city: int, name: str, build: Callable[[], StateT]) -> None:
+        """Make `name` the newest; built unless it is kept already."""
+        kept = dict(self._kept.get(city, {}))
+        state = kept.pop(name) if name in kept else build()
+        self._kept[city] = {**dict(list(kept.items())[-1:]), name: state}
+
+    def of(self, city: int, name: str) -> StateT:
+        return self._kept[city][name]
+
+
 class Policy(Protocol):
     """Ranks and prices pages of prepared cities."""
 
@@ -49,7 +69,7 @@ class Policy(Protocol):
     """Whether user features enter; if not, none are read."""
 
     def prepare(self, ads: CityAds) -> None:
-        """Precompute what depends on the city only; called for every city before the service is ready."""
+        """Precompute what depends on the snapshot of a city only; called before a request names it, while requests for the one before go on."""
 
     def rank(self, ads: CityAds, query: Query) -> PricedPage:
         """The page; raises Refusal if the query asks for what this policy cannot do."""
@@ -64,14 +84,14 @@ class Bootstrap:
     def __init__(self, exploration: float, seed: int, currency_step: float = 0.0) -> None:
         self._config = BootstrapConfig(exploration=exploration)
         self._seed, self._currency_step = seed, currency_step
-        self._cities: dict[int, BootstrapPolicy] = {}
+        self._cities: Snapshots[BootstrapPolicy] = Snapshots()
 
     def prepare(self, ads: CityAds) -> None:
-        self._cities[ads.city_id] = BootstrapPolicy(ads.ad_id, ads.latitude, ads.longitude, ads.impressions, ads.clicks, self._config)
+        self._cities.add(ads.city_id, ads.version, lambda: BootstrapPolicy(ads.ad_id, ads.latitude, ads.longitude, ads.impressions, ads.clicks, self._config))
 
     def rank(self, ads: CityAds, query: Query) -> PricedPage:
         draws = np.random.default_rng([self._seed, query.request_id])
-        page = self._cities[ads.city_id].rank(query.latitude, query.longitude, query.bids, query.eligible, query.slots, draws, query.reserves)
+        page = self._cities.of(ads.city_id, ads.version).rank(query.latitude, query.longitude, query.bids, query.eligible, query.slots, draws, query.reserves)
         unknown = np.full(len(page.rows), np.nan)
         return gsp_page(page.rows, page.pctr, page.next_score, unknown, page.propensity, query.bids, query.reserves, self._currency_step)
 
@@ -101,14 +121,15 @@ class Model:
         self._default_mode = default_mode
         self._learned_allowed = learned_allowed
         self._currency_step, self._quality_floor = currency_step, quality_floor
-        self._cities: dict[int, Any] = {}
+        self._cities: Snapshots[Any] = Snapshots()
         self._lock = threading.Lock()
 
     def prepare(self, ads: CityAds) -> None:
         from features.encoding import encode_ads
 
         places = np.stack([ads.latitude, ads.longitude], axis=1).astype(np.float32)
-        self._cities[ads.city_id] = self._engine.prepare_city(ads.ad_id, encode_ads(self._vocabulary, ads.frame), places)
+        # States belong to the set of ads: new bids cost nothing here.
+        self._cities.add(ads.city_id, ads.members, lambda: self._engine.prepare_city(ads.ad_id, encode_ads(self._vocabulary, ads.frame), places))
 
     def rank(self, ads: CityAds, query: Query) -> PricedPage:
         from features.encoding import encode_requests
@@ -127,7 +148,7 @@ class Model:
         unit = float(np.median(np.where(query.eligible, offered, ads.bid)))  # neither pacing nor an override that takes no part moves the scale of the others
         with self._lock:  # one page at a time on these cores; two would only share them
             page = self._engine.rank(
-                self._cities[ads.city_id],
+                self._cities.of(ads.city_id, ads.members),
                 encoded["user_fields"][0],
                 encoded["context_fields"][0],
                 encoded["behaviours"][0],

@@ -59,6 +59,10 @@ class Live:
     arms: Mapping[str, Policy]
     shadow: Policy | None = None
 
+    def policies(self) -> list[Policy]:
+        """Each once."""
+        return list({id(policy): policy for policy in (*self.arms.values(), self.shadow) if policy is not None}.values())
+
 
 class Ranking:
     """Ranks pages and takes events. Safe to call from several threads; what it holds is read-only but the event log and who is live."""
@@ -81,6 +85,7 @@ class Ranking:
         self._pusher = pusher
         self._shadow_pool = ThreadPoolExecutor(1, thread_name_prefix="shadow")
         self._shadow_busy = threading.Semaphore(1)
+        self._renewing = threading.Lock()
         self._fallback = Bootstrap(exploration=0.0, seed=config.seed, currency_step=config.currency_step)
         self._users = users
         self._log = log
@@ -112,7 +117,11 @@ class Ranking:
 
     def install(self, live: Live) -> None:
         """From the next request on these policies answer; each was checked. One assignment: no request sees half of it."""
-        self._live = live
+        with self._renewing:
+            for policy in live.policies():
+                for ads in self._cities.values():  # nothing to do unless the ads changed since the check
+                    policy.prepare(ads)
+            self._live = live
 
     def _golden(self, policy: Policy, ads: CityAds) -> None:
         slots = min(self._config.default_slots, len(ads.ad_id))
@@ -125,6 +134,22 @@ class Ranking:
         broken = broken_invariant(first, ads.bid, ads.reserve, eligible, slots)
         if broken or not np.array_equal(first.rows, second.rows) or not np.array_equal(first.price, second.price):
             raise RuntimeError(f"golden request: {policy.version} in city {ads.city_id}: {broken or 'not deterministic'}")
+
+    def renew(self, cities: Mapping[int, CityAds]) -> None:
+        """Answer from these snapshots from the next request on, once every policy is prepared for what changed and answers golden requests.
+        Raises RuntimeError, and nothing changes, where an answer breaks a law."""
+        if not cities:
+            raise RuntimeError("the catalogue holds no active ads any more")
+        with self._renewing:
+            changed = [ads for city, ads in cities.items() if city not in self._cities or self._cities[city].version != ads.version]
+            for ads in changed:
+                for policy in (self._fallback, *self._live.policies()):
+                    policy.prepare(ads)
+                for policy in self._live.policies():
+                    self._golden(policy, ads)
+            self._cities = dict(cities)
+        if changed:
+            logger.info("catalogue: %s", ", ".join(f"city {ads.city_id} has {len(ads.ad_id)} ads ({ads.version})" for ads in changed))
 
     # -----------------------------------------------------------------------------------------------------------------
 

@@ -71,6 +71,7 @@ class Ranker:
         try:
             assembled = assemble(config)
             assembled.ranking.warm_up()
+            assembled.feed.start()
             if config.admin_port and assembled.models is not None:
                 from serving.admin import AdminServer
 

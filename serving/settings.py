@@ -82,6 +82,8 @@ class ServingConfig:
     """Time between two looks at what was spent today, on the clock of the requests' timestamps."""
     currency_step: float = 0.0001
     """Smallest unit of money; charges are rounded down to it. 0: not rounded."""
+    catalogue_seconds: float = 2.0
+    """Time between two looks at the catalogue's file; new ads and bids are shown that much later, plus what preparing the models takes."""
     default_slots: int = 5
     """K, ads on a page when the request names none."""
     max_candidates: int = 200_000
@@ -162,6 +164,7 @@ class ServingConfig:
             "feature_cache_users",
             "feature_cache_seconds",
             "torch_threads",
+            "catalogue_seconds",
             "pacing_interval_seconds",
         ):
             value = getattr(self, name)

@@ -379,8 +379,9 @@ class WholeCity:
         chunks = [slice(low, high) for low, high in itertools.pairwise(edges)]
         return [chunks[i * rounds : (i + 1) * rounds] for i in range(threads)]
 
-    def _sweep(self, ads: int, prototypes: list[Tensor | None], work: Callable[..., None]) -> list[Any]:
-        """`work(rows, *gathers)` for every chunk; returns what was gathered for each of the prototypes, None for None."""
+    def _sweep(self, ads: int, prototypes: list[Tensor | None], work: Callable[..., None], alone: bool = False) -> list[Any]:
+        """`work(rows, *gathers)` for every chunk; returns what was gathered for each of the prototypes, None for None. `alone`: in the
+        calling thread, so that requests go on in the engine's."""
 
         @torch.inference_mode()
         def run(chunks: list[slice]) -> list[Any]:
@@ -390,8 +391,8 @@ class WholeCity:
             return gathers
 
         parts = self._parts(ads)
-        if self._pool is None or len(parts) == 1:
-            return run(parts[0]) if len(parts) == 1 else run([rows for part in parts for rows in part])
+        if alone or self._pool is None or len(parts) == 1:
+            return run([rows for part in parts for rows in part])
         gathered, *others = self._pool.map(run, parts)
         for other in others:
             for mine, theirs in zip(gathered, other, strict=True):
@@ -401,7 +402,8 @@ class WholeCity:
 
     @torch.inference_mode()
     def prepare(self, ad_fields: Tensor, ad_place: Tensor) -> CityCache:
-        """What depends on the ads alone, in float32; ad_fields int64 [1, N, F_ad], ad_place float32 [1, N, 2]. Needs no lock."""
+        """What depends on the ads alone, in float32; ad_fields int64 [1, N, F_ad], ad_place float32 [1, N, 2]. Needs no
+        lock and none of the engine's threads: requests for another snapshot go on meanwhile."""
         ad_fields, ad_place = ad_fields.to(self.device), ad_place.to(self.device)
         if not self._swept:
             states = self.network.city_states(ad_fields, torch.ones(ad_fields.shape[:2], dtype=torch.bool, device=self.device))
@@ -416,7 +418,7 @@ class WholeCity:
             x[rows] = self.network.features.ads(ad_fields[0, rows])
             blocks[0].gather(clusters, x[rows])
 
-        (clusters,) = self._sweep(ads, [blocks[0].prototypes], embed)
+        (clusters,) = self._sweep(ads, [blocks[0].prototypes], embed, alone=True)
         for block, following in itertools.pairwise([*blocks, None]):
             keys = block.keys(clusters)
 
@@ -431,7 +433,7 @@ class WholeCity:
                 if gather is not None:
                     gather.add(y, y)
 
-            (clusters,) = self._sweep(ads, [fusion.prototypes if following is None else following.prototypes], finish)
+            (clusters,) = self._sweep(ads, [fusion.prototypes if following is None else following.prototypes], finish, alone=True)
         return CityCache(x, query, fusion.context_keys(clusters), ad_fields, ad_place)
 
     @torch.inference_mode()

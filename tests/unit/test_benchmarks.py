@@ -28,11 +28,8 @@ def test_an_unknown_benchmark_names_the_known_ones() -> None:
         bench("nonsense", None)
 
 
-SMALL = {**latency.PAPER, "width": 16, "clusters": 4, "blocks": 3, "auction_blocks": 1, "heads": 2}
-
-
 def test_latency_lists_every_saving_and_the_floor() -> None:
-    result = latency.latency(ads=700, behaviours=140, fusions=((2, 3), (3,)), runs=1, network=SMALL, quickstart_ads=40, rounding_requests=2)
+    result = latency.latency(quick=True)
     table = result.pop("table")
     assert [row["fusion after"] for row in table].count("{2,3}") == [row["fusion after"] for row in table].count("{3}") >= 5
     assert table[0]["times faster"] == 1.0 and "matrix products" in table[-1]["one request"]
