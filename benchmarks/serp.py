@@ -108,7 +108,7 @@ class Settings:
     """Of what a query-url pair or a url leaves of the attention for the slots below."""
     width: int = 16
     """D of the evaluator."""
-    steps: int = 100
+    steps: int = 60
     """Optimiser steps at most, each on all pages; the development pages say how many."""
     development_share: float = 0.15
     """Of the training pages, held out to choose the number of steps and the baseline's smoothing."""
@@ -231,6 +231,7 @@ def serp(data: Path, seed: int = 0, quick: bool = False, splits: int = 5) -> dic
             for name, values in bits.items():
                 values.append(np.asarray(found[name]))
             queries.append(pages.query[order[cut:]])
+            bar.set_postfix(split=split, **{name: f"{perplexity(values[-1])[0]:.4f}" for name, values in bits.items()})
             difference = np.asarray(found["evaluator"]).mean(1) - np.asarray(found["count"]).mean(1)
             mean, low, high = mean_and_interval(difference, queries[-1])
             rows.append({
