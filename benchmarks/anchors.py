@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from importlib import import_module, metadata
 from pathlib import Path
@@ -42,6 +43,8 @@ def measure(name: str, data: Path | None, seed: int, quick: bool) -> dict[str, A
     module = import_module(ON_DATA[name][0])
     function: Callable[..., dict[str, Any]] = getattr(module, name.replace("-", "_"))
     folder = find_data(name, data)
+    started = time.perf_counter()
     result = function(folder, seed=seed, quick=quick)
+    minutes = (time.perf_counter() - started) / 60
     versions = {package: metadata.version(package) for package in ("torch", "numpy", "pandas")}
-    return {**result, "data": folder.name, "quick": quick, "threads": torch.get_num_threads(), "code_version": code_version(), "versions": versions}
+    return {**result, "minutes": minutes, "data": folder.name, "quick": quick, "threads": torch.get_num_threads(), "code_version": code_version(), "versions": versions}

@@ -48,7 +48,7 @@ class Settings:
     """Newest behaviours that the encoder attends to."""
     history: int = 256
     """Newest behaviours that the explicit crosses count."""
-    recent: int = 40
+    recent: int = 60
     """Newest training requests of each user: habits of last year are poor teachers, and the training time stays bounded."""
     own: int = 64
     """Own earlier places among the candidates of a training request."""
@@ -58,12 +58,14 @@ class Settings:
     """Requests of a batch."""
     learning_rate: float = 3e-3
     """Adam's, falling to 0 along a cosine."""
-    epochs: int = 3
+    epochs: int = 2
     """Passes over the training requests."""
     dropout: float = 0.1
     """On tokens and on h_i."""
     validations: int = 2
     """An epoch."""
+    validation_users: int = 1000
+    """Of a validation."""
 
 
 class City:
@@ -110,10 +112,10 @@ class City:
             "behaviour_id": at, "poi_id": self.pois["poi_id"].to_numpy()[poi], "category_id": self.category[poi],
             "action": np.full(at.shape, schema.ACTION_VISIT), "latitude": self.place[poi, 0], "longitude": self.place[poi, 1], "time_us": self.time_us[at],
         }  # fmt: skip
-        histories = Histories(count, **{name: np.where(real, values, 0) for name, values in columns.items()})
-        user = self.user[rows_R]
-        home = homes_U2[user]
-        here = np.where(real[:, :1], self.place[poi[:, 0]], home)
+        # Check-ins of the request's own second (times are often whole minutes) are no past.
+        histories = Histories(count, **{name: np.where(real, values, 0) for name, values in columns.items()}).before(self.time_us[rows_R])
+        home = homes_U2[self.user[rows_R]]
+        here = np.where(histories.count[:, None] > 0, np.stack([histories.latitude[:, 0], histories.longitude[:, 0]], 1), home)
         zero = np.zeros(len(rows_R), np.int64)
         profiles = Profiles(np.ones(len(rows_R), bool), zero, zero, home[:, 0], home[:, 1])
         encoded = encode_requests(self.vocabulary, profiles, histories, here[:, 0], here[:, 1], self.time_us[rows_R], np.full(len(rows_R), self.offset))
@@ -139,7 +141,7 @@ class HabitCrosses(nn.Module):
     FIELDS = ("age", "hour_distance", "weekday_match")
     MATCHES = (("place", "poi"), ("follows", "poi"), ("category", "category"), ("cell", "geo"))
 
-    def __init__(self, sizes: VocabularySizes, popularity_V: Tensor, hidden: int = 32) -> None:
+    def __init__(self, sizes: VocabularySizes, visits_V: Tensor, hidden: int = 32) -> None:
         super().__init__()
         rows = {field.name: sizes.rows(field) for field in schema.BEHAVIOUR_FIELDS}
         self.vocabulary = {column: getattr(sizes, column) for _, column in self.MATCHES}
@@ -153,7 +155,7 @@ class HabitCrosses(nn.Module):
             hour.weight[schema.FIRST_CODE :, 0] = -torch.arange(len(hour.weight) - schema.FIRST_CODE) / counting.HOUR_DECAY
             day.weight[schema.FIRST_CODE, 0] = math.log(counting.OTHER_DAY_TYPE)
         self.distance = nn.Embedding(len(schema.DISTANCE_BUCKET_KM) + 1, 4)
-        self.register_buffer("popularity", popularity_V)
+        self.register_buffer("visits", visits_V)
         self.register_buffer("edges", torch.tensor(schema.DISTANCE_BUCKET_KM))
         self.since, self.hour = nn.Embedding(rows["age"], 4), nn.Embedding(24 + schema.FIRST_CODE, 4)
         self.mlp = MLP(len(self.MATCHES) + 1 + 3 * 4 + 3, (hidden,), 1)
@@ -161,8 +163,8 @@ class HabitCrosses(nn.Module):
         self.transition, self.unseen = nn.Parameter(torch.tensor(math.log(counting.TRANSITION_WEIGHT))), nn.Parameter(torch.tensor(-4.0))
         """Logs of the weight of the share of earlier moves from here to the candidate, and of what a place without a visit counts."""
 
-    def forward(self, behaviours_BLF: Tensor, ad_fields_BNF: Tensor, ad_place_BN2: Tensor, request_place_B2: Tensor, hour_B: Tensor) -> Tensor:
-        """Logits [B, N]; hour_B, encoded hour of the request."""
+    def forward(self, behaviours_BLF: Tensor, ad_fields_BNF: Tensor, ad_place_BN2: Tensor, request_place_B2: Tensor, hour_B: Tensor, less_own: bool) -> Tensor:
+        """Logits [B, N]; hour_B, encoded hour of the request; less_own: the first candidate is a training request's own target."""
         column = {name: behaviours_BLF[..., BEHAVIOUR_COLUMNS.index(name)] for name in ("poi", "category", "geo", *self.FIELDS)}
         real = column["poi"] != schema.PADDING
         # Newest first: what follows behaviour j+1 in time is j.
@@ -188,7 +190,10 @@ class HabitCrosses(nn.Module):
         poi = ad_fields_BNF[..., AD_COLUMNS.index("poi")].expand(len(count), -1)
         here = (poi == column["poi"][:, :1]) & real[:, :1]
         length = torch.log1p(real.sum(1, keepdim=True).float()).expand(-1, poi.shape[1])
-        extra = torch.stack([self.popularity[poi], here.float(), length], -1)
+        visits = self.visits[poi]
+        if less_own:  # the training target's own visit is among its visits; no other candidate has such help
+            visits = torch.cat([visits[:, :1] - 1.0, visits[:, 1:]], 1)
+        extra = torch.stack([torch.log1p(visits), here.float(), length], -1)
         # What the candidates share matters through what it does to the rest: minutes after a visit other places come next than a day later.
         moment = torch.cat([self.since(column["age"][:, 0]), self.hour(hour_B)], -1).unsqueeze(1).expand(-1, poi.shape[1], -1)
         return habit + self.mlp(torch.cat([count, habit.unsqueeze(-1), far, extra, moment], -1)).squeeze(-1)
@@ -197,7 +202,7 @@ class HabitCrosses(nn.Module):
 class NextPoiNetwork(nn.Module):
     """EGA-V1's hybrid features, RecFormer and pCTR head with all places as candidates, each on its own; optionally with HabitCrosses."""
 
-    def __init__(self, city: City, settings: Settings, popularity_V: np.ndarray, encoder: bool, crosses: bool) -> None:
+    def __init__(self, city: City, settings: Settings, visits_V: np.ndarray, encoder: bool, crosses: bool) -> None:
         super().__init__()
         self.settings = settings
         tables = {name: len(city.vocabulary.tables[name]) + schema.FIRST_CODE for name in schema.VOCABULARIES}
@@ -212,13 +217,13 @@ class NextPoiNetwork(nn.Module):
             cells[schema.FIRST_CODE :] = np.stack(schema.geo_centre(city.vocabulary.tables["geo"]), 1)
             self.features = HybridFeatures(config, sizes, geo_prior(cells, settings.embedding, torch.Generator().manual_seed(0)))
             self.recformer, self.head = RecFormer(config), SplitHead(settings.width, (2 * settings.width,))
-        self.crosses = HabitCrosses(sizes, torch.from_numpy(popularity_V).float()) if crosses else None
+        self.crosses = HabitCrosses(sizes, torch.from_numpy(visits_V).float()) if crosses else None
         self.dropout = nn.Dropout(settings.dropout)
         self.register_buffer("ad_fields", torch.from_numpy(city.ad_fields).long())
         self.register_buffer("ad_place", torch.from_numpy(city.place).float())
 
     def forward(self, batch: dict[str, Tensor], candidate_BN: Tensor | None = None) -> Tensor:
-        """Logits [B, N] of candidates (rows of the places), or of all places."""
+        """Logits [B, N] of training candidates (rows of the places, the target first), or of all places."""
         fields = self.ad_fields.unsqueeze(0) if candidate_BN is None else self.ad_fields[candidate_BN]
         place = self.ad_place.unsqueeze(0) if candidate_BN is None else self.ad_place[candidate_BN]
         logits = 0.0
@@ -229,7 +234,7 @@ class NextPoiNetwork(nn.Module):
             h = self.recformer(self.dropout(ads), torch.ones(ads.shape[:2], dtype=torch.bool), self.dropout(tokens), mask)
             logits = self.head(self.dropout(h), user)
         if self.crosses is not None:
-            logits = logits + self.crosses(batch["behaviours"], fields, place, batch["request_place"], batch["context_fields"][:, 0])
+            logits = logits + self.crosses(batch["behaviours"], fields, place, batch["request_place"], batch["context_fields"][:, 0], less_own=candidate_BN is not None)
         return logits
 
 
@@ -257,9 +262,10 @@ def training_candidates(city: City, rows: np.ndarray, settings: Settings, chance
 
 
 @torch.inference_mode()
-def scores(network: NextPoiNetwork, city: City, rows: np.ndarray, homes: np.ndarray, batch: int = 32) -> np.ndarray:
-    """Logits of all places for requests `rows`, [R, N]."""
+def scores(network: NextPoiNetwork, city: City, rows: np.ndarray, homes: np.ndarray, cells: int = 200_000) -> np.ndarray:
+    """Logits of all places for requests `rows`, [R, N], about `cells` of them at a time."""
     network.eval()
+    batch = max(1, cells // len(city.pois))
     parts = [rows[start : start + batch] for start in range(0, len(rows), batch)]
     return np.concatenate([network(tensors(city.encode(part, network.settings.history, homes))).numpy() for part in parts])
 
@@ -280,11 +286,10 @@ def train(city: City, settings: Settings, hold: int, encoder: bool, crosses: boo
     held = np.bincount(city.poi_row[row < limit[city.user]], minlength=len(city.pois))
     chance = (held + 1.0) ** 0.75
     chance /= chance.sum()
-    popularity = np.zeros(len(city.pois) + schema.FIRST_CODE)
-    popularity[schema.FIRST_CODE :] = np.log1p(held)
-    network = NextPoiNetwork(city, settings, popularity, encoder, crosses)
+    network = NextPoiNetwork(city, settings, np.concatenate([np.zeros(schema.FIRST_CODE), held]), encoder, crosses)
     homes = city.homes(limit)
     validation = limit[limit > city.start]
+    validation = np.sort(rng.permutation(validation)[: settings.validation_users])
     if not len(training) or not len(validation):
         raise ValueError("too few check-ins a user to train and validate on; at least three are needed")
     optimiser = torch.optim.Adam(network.parameters(), settings.learning_rate)
@@ -343,7 +348,7 @@ def next_poi(data: Path, seed: int = 0, quick: bool = False, hold: int = 1) -> d
     if not len(rows):
         raise ValueError(f"{data}: no user has more than {hold} check-in(s); there is nothing to hold out")
     user, target = city.user[rows], city.poi_row[rows]
-    started, hits, courses = time.perf_counter(), {}, {}
+    hits, courses = {}, {}
     for name in BASELINES:
         hits[name] = target_ranks(counting_scores(city, rows, name), target)
     for name, (encoder, crosses) in MODELS.items():
@@ -363,6 +368,6 @@ def next_poi(data: Path, seed: int = 0, quick: bool = False, hold: int = 1) -> d
     table.append({"model": f"{HEADLINE} over {BAR}, paired", **{f"Acc@{k}": ahead[k] for k in CUTS}})
     return {
         "users": len(rows), "places": len(city.pois), "checkins": len(city.user), "held_out_from_end": hold, "seed": seed,
-        "seconds": time.perf_counter() - started, "config": asdict(settings), "courses": courses,
+        "config": asdict(settings), "courses": courses,
         "accuracy": {name: {f"acc@{k}": float(np.mean(rank < k)) for k in CUTS} for name, rank in hits.items()}, "table": table,
     }  # fmt: skip

@@ -8,7 +8,6 @@ Shape letters: P pages, K slots, D width, V rows of an id table.
 from __future__ import annotations
 
 import gzip
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -108,7 +107,7 @@ class Settings:
     """Of what a query-url pair or a url leaves of the attention for the slots below."""
     width: int = 16
     """D of the evaluator."""
-    steps: int = 100
+    steps: int = 60
     """Optimiser steps at most, each on all pages; the development pages say how many."""
     development_share: float = 0.15
     """Of the training pages, held out to choose the number of steps and the baseline's smoothing."""
@@ -220,7 +219,7 @@ def serp(data: Path, seed: int = 0, quick: bool = False, splits: int = 5) -> dic
     splits = 1 if quick else splits
     if len(pages.query) < 20:
         raise ValueError(f"{data} holds {len(pages.query)} pages; at least 20 are needed to hold some out")
-    started, rows = time.perf_counter(), []
+    rows: list[dict[str, Any]] = []
     bits: dict[str, list[np.ndarray]] = {name: [] for name in ("slot", "count", "evaluator")}
     queries: list[np.ndarray] = []
     with tqdm(desc="serp", unit="step") as bar:
@@ -231,6 +230,7 @@ def serp(data: Path, seed: int = 0, quick: bool = False, splits: int = 5) -> dic
             for name, values in bits.items():
                 values.append(np.asarray(found[name]))
             queries.append(pages.query[order[cut:]])
+            bar.set_postfix(split=split, **{name: f"{perplexity(values[-1])[0]:.4f}" for name, values in bits.items()})
             difference = np.asarray(found["evaluator"]).mean(1) - np.asarray(found["count"]).mean(1)
             mean, low, high = mean_and_interval(difference, queries[-1])
             rows.append({
@@ -241,7 +241,7 @@ def serp(data: Path, seed: int = 0, quick: bool = False, splits: int = 5) -> dic
     rows.append({"split": "mean", "pages": rows[0]["pages"], **{label: f"{mean_of[name]:.4f}" for name, label in LABELS.items()}, "bits less than count, 95 %": "", "steps": "", "smoothing": ""})
     result: dict[str, Any] = {
         "pages": len(pages.query), "queries": int(pages.query.max()) + 1, "slots": pages.click.shape[1], "seed": seed, "splits": splits,
-        "click_rate": float(pages.click.mean()), "seconds": time.perf_counter() - started,
+        "click_rate": float(pages.click.mean()),
         "perplexity_evaluator": mean_of["evaluator"], "perplexity_count": mean_of["count"], "perplexity_slot": mean_of["slot"],
         "splits_below_count": sum(perplexity(mine) < perplexity(count) for mine, count in zip(bits["evaluator"], bits["count"], strict=True)),
         **{f"mean_over_slots_{name}": float(np.mean([perplexity(part)[1] for part in parts])) for name, parts in bits.items()},
