@@ -85,8 +85,8 @@ def _say(text: str) -> None:
 
 
 @contextmanager
-def market(path: Path, seed: int, data: Path | None) -> Iterator[Market]:
-    """World, logs, feature store and samples of one seed, in a folder that goes when the work is done."""
+def market(path: Path, seed: int, data: Path | None, change: Callable[[RunConfig], RunConfig] | None = None) -> Iterator[Market]:
+    """World, logs, feature store and samples of one seed, in a folder that goes when the work is done; `change` turns a knob first."""
     from features.build import build_features
     from features.sampling import sample_requests
     from marketplace.worlds import build_world
@@ -94,6 +94,7 @@ def market(path: Path, seed: int, data: Path | None) -> Iterator[Market]:
     from pipelines.config import load_run_config
 
     config = load_run_config(path, seed=seed)
+    config = config if change is None else change(config)
     if config.world is None:
         raise ValueError(f"{path} names no world; the tables need a market whose truth is known")
     with tempfile.TemporaryDirectory(prefix="ega-tables-") as folder:
@@ -322,7 +323,7 @@ def table2(config: Path | None = None, data: Path | None = None, seeds: int = 3,
     effects = {name: pooled([found[name] for found in lifts]) for name in lifts[0]}
     table = [
         {"model": name, **{COLUMNS[key]: _spread(value) for key, value in values.items()},
-         "true eRPM against the whole": "" if name == "ega_v1" else f"{100 * effects[name]['lift']:+.1f} % ({100 * effects[name]['low']:+.1f} to {100 * effects[name]['high']:+.1f})"}
+         "true eRPM against the whole": "" if name == "ega_v1" else _lift(effects[name])}
         for name, values in summary.items()
     ]  # fmt: skip
     return {**provenance(path, markets, started), "table": table, "summary": summary, "differences": effects, "per_seed": per_seed, "paper": PAPER_TABLE2}
@@ -399,5 +400,57 @@ def gigaflops(model: NetworkConfig, place: Market) -> float:
     return count(model, ads, int(place.samples.behaviours.shape[1]))["whole request"] / 1e9
 
 
+def _synthetic(**change: Any) -> Callable[[RunConfig], RunConfig]:
+    """A knob of the synthetic city."""
+    return lambda config: replace(config, world=replace(config.world, synthetic=replace(config.world.synthetic, **change)))
+
+
+def _clicks(**change: Any) -> Callable[[RunConfig], RunConfig]:
+    """A knob of the click model."""
+    return lambda config: replace(config, world=replace(config.world, clicks=replace(config.world.clicks, **change)))
+
+
+def _cascade(**change: Any) -> Callable[[RunConfig], RunConfig]:
+    """How much a cascade's stages hand on."""
+    return lambda config: replace(config, model=replace(config.model, cascade=replace(config.model.cascade, **change)))
+
+
+KNOBS: dict[str, Callable[[RunConfig], RunConfig]] = {
+    "as configured": lambda config: config,
+    "recall 100, pre-ranking 50": _cascade(recall=100, prerank=50),
+    "recall 800, pre-ranking 400": _cascade(recall=800, prerank=400),
+    "value spread 0.5": _synthetic(value_spread=0.5),
+    "value spread 1.2": _synthetic(value_spread=1.2),
+    "satisfaction spread 0: every ad ends the reading alike": _clicks(satisfaction_spread=0.0),
+    "no externality of the candidate set": _clicks(externality=0.0),
+}
+"""What the headline may rest on: what a cascade throws away, how values differ, how ads change the worth of the slots below."""
+
+
+def sensitivity(config: Path | None = None, seeds: int = 1, quick: bool = False) -> dict[str, Any]:
+    """The headline, EGA-V1 over MCA at critical prices in truth, under other knobs of the market and of the cascade."""
+    from marketplace.truth import paired_lift
+
+    path, markets = _setting(config, seeds, quick)
+    started, rows = time.monotonic(), []
+    for name, change in (list(KNOBS.items())[:2] if quick else KNOBS.items()):
+        lifts: dict[str, list[dict[str, float]]] = {"revenue": [], "welfare": []}
+        for seed in markets:
+            with market(path, seed, None, change) as place:
+                pages = []
+                for kind in ("mca", "ega_v1"):
+                    found = place.replay(place.train(kind, replace(place.config.model, kind=kind), until="pretrain" if kind == "mca" else "rlaf")).pages
+                    pages.append(found[found["policy"] == f"{kind}/critical"])
+                scored = place.truth(pd.concat(pages, ignore_index=True))
+            for metric, entries in lifts.items():
+                entries.append(paired_lift(scored, "mca/critical", "ega_v1/critical", metric))
+        rows.append({"market": name, **{f"true {metric}": _lift(pooled(entries)) for metric, entries in lifts.items()}})
+    return {**provenance(path, markets, started), "table": rows}
+
+
+def _lift(entry: dict[str, float]) -> str:
+    return f"{100 * entry['lift']:+.1f} % ({100 * entry['low']:+.1f} to {100 * entry['high']:+.1f})"
+
+
 Table = Callable[..., dict[str, Any]]
-TABLES: dict[str, Table] = {"table1": table1, "table2": table2, "table3": table3, "scaling": scaling}
+TABLES: dict[str, Table] = {"table1": table1, "table2": table2, "table3": table3, "scaling": scaling, "sensitivity": sensitivity}
