@@ -41,7 +41,7 @@ _DRAIN_FACTOR = 16
 
 
 class Admission:
-    """`limit` requests at once; more may wait in order while their wait is expected to stay below `patience_seconds`. Once one is refused
+    """`limit` requests at once; as many may wait in order, more while their wait is expected to stay below `patience_seconds`. Once one is refused
     nobody waits any more until `calm_seconds` passed without a refusal: a burst is absorbed, while in overload what is accepted is answered
     fast. The expectation rests on how long requests were in work lately."""
 
@@ -61,7 +61,8 @@ class Admission:
             metrics.ADMITTED.inc()
             return now
         wait = (len(self._queue) + 1) * self._work_seconds / self._limit
-        if wait > self._patience or len(self._queue) >= _MOST_WAITING or now - self._refused_at < self._calm:
+        long = wait > self._patience and len(self._queue) >= self._limit  # one a slot may wait however long the work takes
+        if long or len(self._queue) >= _MOST_WAITING or now - self._refused_at < self._calm:
             self._refused_at = now
             return None
         slot: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -99,7 +99,7 @@ class ServingConfig:
     admission_limit: int = 2
     """Requests in the worker's threads at once; there are two of them."""
     queue_ms: float = 250.0
-    """Longest wait for admission that is expected of a request of a burst, milliseconds; beyond: 429 with Retry-After."""
+    """Longest wait for admission that is expected of a request of a burst, milliseconds; beyond, and beyond one a slot: 429 with Retry-After."""
     queue_calm_ms: float = 400.0
     """Once one was refused it is no burst but overload: nobody waits until no request was refused for this long, milliseconds."""
     feature_deadline_ms: float = 50.0
