@@ -68,7 +68,7 @@ def assemble(config: ServingConfig) -> Assembled:
 
     def load(entry: Approved) -> Model:
         default = entry.price_mode if config.price_mode == "auto" else config.price_mode
-        return Model(entry.folder, key, default, entry.price_mode == "learned", length, config.torch_threads, config.currency_step, config.quality_floor)
+        return Model(entry.folder, key, default, entry.price_mode == "learned", length, config.torch_threads, config.currency_step, config.quality_floor, config.device, config.dtype)
 
     by_version: dict[str, Policy] = {}
     loaded: dict[str, Policy] = {}

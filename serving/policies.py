@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 
@@ -102,8 +102,9 @@ class Model:
     reads_user = True
 
     def __init__(
-        self, folder: Path, key: bytes, default_mode: str, learned_allowed: bool, behaviours: int, threads: int, currency_step: float = 0.0, quality_floor: float = 0.0
-    ) -> None:
+        self, folder: Path, key: bytes, default_mode: str, learned_allowed: bool, behaviours: int, threads: int, currency_step: float = 0.0, quality_floor: float = 0.0,
+        device: Literal["cpu", "cuda"] = "cpu", dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    ) -> None:  # fmt: skip
         """`folder`: a verified bundle; `behaviours`: L, length of the histories that the feature store keeps."""
         import torch
 
@@ -111,12 +112,13 @@ class Model:
         from features.store import UserFeatures
         from model.bundle import load_bundle
         from model.ega_v1.engine import RankingEngine
+        from model.ega_v1.inference import Execution
 
         torch.set_num_threads(threads)
         bundle = load_bundle(folder, key)
         self.version = bundle.version
         self._vocabulary = Vocabulary.from_dict(bundle.vocabulary)
-        self._engine = RankingEngine(bundle)
+        self._engine = RankingEngine(bundle, execution=Execution(device=device, dtype=dtype))
         self._default_user = UserFeatures.unknown(behaviours)
         self._default_mode = default_mode
         self._learned_allowed = learned_allowed

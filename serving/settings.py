@@ -128,6 +128,10 @@ class ServingConfig:
     """SQLite `synchronous` of the event log. full: an answered page survives power loss; normal: it survives kill -9, not power loss."""
     torch_threads: int = 1
     """Threads of the model's arithmetic; more than the idle cores make answers slower, not faster."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where models run."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the model's matrix products over a city; auto: bfloat16 where the hardware multiplies it, else float32."""
     bootstrap_epsilon: float = 0.1
     """Exploration share of the bootstrap arm, in [0, 1); propensities are logged exactly."""
     seed: int = 0

@@ -21,6 +21,7 @@ from serving.errors import Refusal
 from serving.messages import RankRequest
 from serving.policies import Model, Query
 from serving.ranking import Ranking
+from serving.settings import ServingConfig
 
 
 def write(home: Path, frame: pd.DataFrame) -> None:
@@ -116,3 +117,12 @@ def test_new_bids_do_not_recompute_a_models_states_and_the_snapshot_before_is_st
     model.prepare(fewer)
     assert set(page(fewer)) <= set(fewer.ad_id)
     np.testing.assert_array_equal(page(before), first)
+
+
+def test_the_dtype_of_the_settings_is_the_models(tmp_path: Path) -> None:
+    tiny_bundle(tmp_path / "bundle")
+    model = Model(tmp_path / "bundle", KEY, "critical", False, 4, 1, dtype="bfloat16")
+    assert model._engine.execution.dtype == "bfloat16"
+    assert ServingConfig(home=tmp_path, dtype="float32").dtype == "float32"
+    with pytest.raises(ValueError, match="dtype"):
+        ServingConfig(home=tmp_path, dtype="float16")
