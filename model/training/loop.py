@@ -26,7 +26,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.bundle import sha256_of, state_bytes
-from model.ega_v1.network import RankingModel
 from model.training.checkpoint import load_checkpoint, load_optimiser, optimiser_tensors, save_checkpoint, stage_lock
 from model.training.data import epoch_order
 
@@ -103,7 +102,7 @@ ValidateFunction = Callable[[], dict[str, float]]
 
 def run_stage(
     stage: str,
-    network: RankingModel,
+    network: torch.nn.Module,
     parameters: list[torch.nn.Parameter],
     config: LoopConfig,
     rows: np.ndarray,
