@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
@@ -185,6 +186,9 @@ def test_swaps_under_load_lose_nothing_and_every_page_is_of_the_version_it_names
         thread.start()
     for swap in range(6):
         served.models.activate(tags[swap % 2])
+        seen, deadline = len(pages), time.monotonic() + 60
+        while len(pages) < seen + 5 and time.monotonic() < deadline:  # pages of this version, and some that the next swap meets half way
+            time.sleep(0.005)
     stop.set()
     for thread in threads:
         thread.join()
