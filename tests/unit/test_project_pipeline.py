@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 import yaml
 
+from model.kinds import STAGES
 from pipelines.arguments import pipeline_arguments
 from pipelines.compile import FOLDER
 from pipelines.config import load_run_config
@@ -40,7 +41,7 @@ def test_the_compiled_pipelines_equal_the_code(tmp_path):
 
 
 def test_every_step_is_there(executors):
-    stages = {"train-stage", *(f"train-stage-{number}" for number in range(2, 6))}
+    stages = {"train-stage", *(f"train-stage-{number}" for number in range(2, sum(map(len, STAGES.values())) + 1))}
     assert set(executors) == stages | SMALL | {
         "validate-logs", "build-features", "sample-requests", "evaluate-candidate", "approve-model", "publish-ad-embeddings",
     }  # fmt: skip
@@ -73,15 +74,32 @@ def test_steps_mount_the_volume_and_get_the_signing_key_as_a_secret(documents, e
 
 
 def test_failed_data_checks_are_not_tried_again_but_training_is(documents):
-    tasks = documents[0]["root"]["dag"]["tasks"]
-    assert tasks["validate-logs"].get("retryPolicy", {}).get("maxRetryCount", 0) == 0
-    assert tasks["train-stage"]["retryPolicy"]["maxRetryCount"] >= 1
+    assert documents[0]["root"]["dag"]["tasks"]["validate-logs"].get("retryPolicy", {}).get("maxRetryCount", 0) == 0
+    assert all(task["retryPolicy"]["maxRetryCount"] >= 1 for task in training(documents))
+
+
+def test_each_kind_of_model_has_its_chain_of_stages(documents):
+    chains = [
+        [task["inputs"]["parameters"]["stage"]["runtimeValue"]["constant"] for _, task in sorted(tasks.items(), key=lambda item: int(item[0].removeprefix("train-stage").lstrip("-") or 1))]
+        for tasks in branches(documents)
+    ]  # fmt: skip
+    assert sorted(map(tuple, chains)) == sorted(STAGES.values())
+
+
+def branches(documents):
+    """The training tasks of each branch of the pipeline."""
+    found = [{name: task for name, task in component["dag"]["tasks"].items() if name.startswith("train-stage")} for component in documents[0]["components"].values() if "dag" in component]
+    return [tasks for tasks in found if tasks]
+
+
+def training(documents):
+    return [task for tasks in branches(documents) for task in tasks.values()]
 
 
 def test_verdicts_are_never_cached(documents):
     tasks = documents[0]["root"]["dag"]["tasks"]
     assert not tasks["evaluate-candidate"]["cachingOptions"].get("enableCache")
-    assert tasks["train-stage"]["cachingOptions"]["enableCache"]
+    assert all(task["cachingOptions"]["enableCache"] for task in training(documents))
 
 
 def test_arguments_are_exactly_the_pipelines_inputs(documents):
