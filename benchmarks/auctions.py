@@ -59,17 +59,19 @@ def payments(run: Path, requests: int = 500, steps: int | None = None) -> dict[s
     if not (run / "stages").is_dir():
         raise FileNotFoundError(f"{run} has no trained stages; give the folder of a finished run (--run)")
     config = load_run_config(run / "config.yaml")
+    if config.model.kind != "ega_v1":
+        raise ValueError(f"{run} trained {config.model.kind}, which has no payment network; give a run of EGA-V1")
     device = Device(threads=config.training.threads)
     device.enter()
     samples = Samples(run / "samples")
-    network = load_stage("rlaf", samples, config.network, run / "stages", config.seed)
+    network = load_stage("rlaf", samples, config.model, run / "stages", config.seed)
     stage = replace(config.training.payment, **({"steps": steps} if steps else {}))
     kinds: list[tuple[str, Any]] = [(name, (network, mode)) for name, mode in (("first price", "first_price"), ("GSP", "gsp"), ("VCG", "vcg"), ("critical", "critical"))]
     for inputs, form in (("literal", "rate"), ("aware", "rate"), ("aware", "critical")):
         for schedule in ("lagrangian", "log_budget"):
             variant = copy.deepcopy(network)
             torch.manual_seed(config.seed)
-            variant.config = replace(config.network, payment_inputs=inputs, payment_form=form)
+            variant.config = replace(config.model, payment_inputs=inputs, payment_form=form)
             variant.payment = PaymentNetwork(variant.config)
             with tempfile.TemporaryDirectory() as folder:
                 train_payment(variant, samples, replace(stage, schedule=schedule), Path(folder) / "payment", device, {})
