@@ -173,7 +173,7 @@ def test_an_event_log_of_the_format_before_is_named_and_brought_up(tmp_path: Pat
     path = tmp_path / "events.db"
     EventLog(path).close()
     with closing(sqlite3.connect(path)) as connection:
-        connection.executescript("DROP TABLE billing; PRAGMA user_version=1;")
+        connection.executescript("DROP TABLE billing; DROP TABLE shadow; DROP INDEX IF EXISTS event_unpushed; ALTER TABLE event DROP COLUMN pushed; PRAGMA user_version=1;")
     with pytest.raises(EventLogError, match="has format 1, this release reads 3"):
         read_impressions(path)
     EventLog(path).close()
