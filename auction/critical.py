@@ -83,6 +83,7 @@ def step_prices(theta: Floats, ctr: Floats, reachable: Bools, own_slot: Ints, re
     paid = (np.where(drop > 0.0, least, 0.0) * drop).sum(axis=-1)
     never_clicked = np.where(counted, least, np.inf).min(axis=-1)  # no click, no charge: any price in the interval would do
     price = np.where(total > 0.0, paid / np.where(total > 0.0, total, 1.0), never_clicked)
+    price = np.maximum(price, reserve)  # every bid that wins is at least the reserve; the quotient may round to below it
     return price, np.asarray((counted & (clicks < hull * (1.0 - 1e-12))).any(axis=-1), dtype=np.bool_)
 
 
@@ -103,7 +104,7 @@ def step_prices_everywhere(theta: Floats, ctr: Floats, reserve: Floats) -> Float
         spent = np.where(reachable, spent + np.where(reachable, level[..., slot], 0.0) * (x - below), spent)
         below = np.where(reachable, x, below)
         with np.errstate(invalid="ignore", divide="ignore"):
-            result[..., slot] = np.where(reachable & (x > 0), spent / x, np.inf)
+            result[..., slot] = np.where(reachable & (x > 0), np.maximum(spent / x, reserve), np.inf)
     return result
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import auction
-from auction import batch
+from auction import batch, critical
 from auction.myerson import VirtualValue
 from auction.reference import reference_vcg_positions
 
@@ -245,3 +245,19 @@ def test_cascade_oracle():
     assert value[(1, 0)] == pytest.approx(4.7)
     page = auction.greedy_allocation(p, np.full(3, 10.0), 0.0, np.stack([1.0 / (1.0 - c), np.ones(3)], axis=1), 2)
     assert page.tolist() == [1, 0]
+
+
+def test_rounding_never_takes_a_truthful_price_below_the_reserve():
+    """Whose critical bids all lie below the reserve pays it exactly: the weighted mean of equal numbers may round to an ulp less."""
+    rng = np.random.default_rng(0)
+    reserve = rng.random(20_000)
+    ctr = np.sort(rng.random((20_000, 3)), axis=1)[:, ::-1] * 10.0 ** rng.integers(-12, 1, (20_000, 1))
+    theta = np.sort(rng.random((20_000, 3)), axis=1)[:, ::-1] * reserve[:, None]
+    drop = ctr - np.concatenate([ctr[:, 1:], np.zeros((20_000, 1))], axis=1)
+    assert ((reserve[:, None] * drop).sum(axis=1) / ctr[:, 0] < reserve).any()  # it does happen
+    everything = np.ones((20_000, 3), bool)
+    price, repaired = critical.step_prices(theta, ctr, everything, np.zeros(20_000, np.int64), reserve)
+    assert (price >= reserve).all() and not repaired.any()
+    np.testing.assert_allclose(price, reserve, rtol=1e-15)
+    reached = np.concatenate([np.full((20_000, 1), 0.9), np.full((20_000, 2), 0.5)], axis=1)
+    assert (critical.step_prices_everywhere(reached, ctr, np.ones(20_000)) >= 1.0).all()
