@@ -7,6 +7,7 @@ real. Equation numbers are the paper's. A bid is never a feature: bids enter the
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Literal
 
 import numpy as np
@@ -491,7 +492,7 @@ class Batch:
     request_place: Tensor
 
 
-class RankingModel(nn.Module):
+class RankingModel(nn.Module, ABC):
     """What every kind of model offers to training, replay and serving: click probabilities, evaluators, and which ads it ranked.
 
     A kind adds `encode`, `encode_from`, `city_states`, `survey` and `stage_modules`. Training and replay ask for nothing else.
@@ -525,26 +526,26 @@ class RankingModel(nn.Module):
         """High-order ad representations h [B, N, D], or those at positions `only_BK` alone [B, K, D], and e_u [B, D]."""
         return self.encode_from(self.city_states(batch.ad_fields, batch.ad_mask), batch, only_BK)
 
+    @abstractmethod
     def encode_from(self, ad_states: Tensor, batch: Batch, only_BK: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`encode` from cached ad states (`city_states`), which may have batch size 1."""
-        raise NotImplementedError
 
+    @abstractmethod
     def city_states(self, ad_fields: Tensor, ad_mask: Tensor) -> Tensor:
         """User-independent ad states of a whole city, [1, N, .]: computed once per (model, city, snapshot)."""
-        raise NotImplementedError
 
     @property
     def state_width(self) -> int:
         """Width of `city_states`."""
         return self.config.width
 
+    @abstractmethod
     def survey(self, ad_states: Tensor, batch: Batch, also_BK: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """h [B, N, D] and e_u of a whole city, and [B, N] which ads reach the auction. h of others is 0, but for those at `also_BK`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stage_modules(self, stage: str) -> list[nn.Module]:
         """What a training stage learns."""
-        raise NotImplementedError
 
     def add_crosses(self, h_BND: Tensor, batch: Batch, only_BK: Tensor | None) -> Tensor:
         """h with the explicit user x ad crosses, where the configuration has them."""
