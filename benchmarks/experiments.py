@@ -326,7 +326,7 @@ def write_raw_events(folder: Path, events: int, generator: np.random.Generator, 
     count = len(shown)
     shown = shown.assign(
         slot=np.tile(np.arange(1, slots + 1), pages), ad_id=generator.integers(0, 2000, count), creative_id=1, bid=2.0, payment=generator.uniform(0.1, 2.0, count),
-        pctr=0.06, propensity=1.0, click=0, click_timestamp=pd.Series(pd.NaT, index=range(count), dtype="datetime64[us, UTC]"), purchase=0, order_value=0.0,
+        pctr=0.06, propensity=1.0, click=0, click_timestamp=pd.Series(pd.NaT, index=range(count), dtype="datetime64[us, UTC]"), purchase=0, order_value=0.0, creative_click=0,
     )[IMPRESSIONS.names]  # fmt: skip
     clicked = shown[generator.random(count) < 0.06]
     delay = pd.to_timedelta(generator.integers(1, 3000, len(clicked)), unit="s")

@@ -150,7 +150,7 @@ def _truth(run_dir: Path) -> dict[str, Any]:
     """What the market's hidden truth says of the replayed pages, and the paired lifts that matter."""
     import pandas as pd
 
-    from marketplace.oracle import limits, shares
+    from marketplace.oracle import exact, limits, shares
     from marketplace.truth import paired_lift, score_pages, summarise
     from marketplace.worlds import World
     from model.bundle import write_atomic
@@ -168,8 +168,9 @@ def _truth(run_dir: Path) -> dict[str, Any]:
     result = {
         "policies": summarise(scored),
         "lifts": [{"control": a, "treatment": b, "metric": metric, **paired_lift(scored, a, b, metric)} for a, b, metric in pairs],
-        "limits": shares(scored, requests, limits(world, requests), "logged"),
     }
+    if exact(world):
+        result["limits"] = shares(scored, requests, limits(world, requests), "logged")
     write_atomic(run_dir / "evaluation" / "truth.json", json.dumps(result, indent=1, default=float).encode())
     return result
 

@@ -46,6 +46,7 @@ HISTORY_ARRAYS: dict[str, type[np.generic]] = {
     "action": np.int64,
     "latitude": np.float64,
     "longitude": np.float64,
+    "creative_id": np.int64,
     "time_us": np.int64,
 }
 """The arrays of a user's behaviour history, newest first, zero-filled after the last real one; `time_us` is microseconds since 1970 UTC."""
@@ -141,6 +142,7 @@ class Histories:
     action: np.ndarray  # int64 [R, L]
     latitude: np.ndarray  # float64 [R, L], degrees
     longitude: np.ndarray  # float64 [R, L], degrees
+    creative_id: np.ndarray  # int64 [R, L], 0 none
     time_us: np.ndarray  # int64 [R, L], microseconds since 1970 UTC, not increasing
 
     @classmethod

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from features.encoding import HISTORY_ARRAYS, PROFILE_COLUMNS, Histories, Profiles
-from marketplace.logs import write_bytes, write_parquet
+from marketplace.logs import with_defaults, write_bytes, write_parquet
 from marketplace.schema import ADS, BEHAVIOURS, TIMESTAMP, USERS
 
 if TYPE_CHECKING:
@@ -276,6 +276,7 @@ def push_behaviours(store: FeatureStore, frame: pd.DataFrame, behaviours: int = 
 
     Args: frame with the columns of the behaviours table, in any order of events.
     """
+    frame = with_defaults(frame, BEHAVIOURS)
     missing = [name for name in BEHAVIOURS.names if name not in frame.columns]
     if missing:
         raise ValueError(f"push_behaviours: column {missing[0]!r} is missing; wanted the behaviours table ({', '.join(BEHAVIOURS.names)})")

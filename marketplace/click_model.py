@@ -121,12 +121,15 @@ def continuation(satisfaction: np.ndarray, taste: np.ndarray, config: ClickConfi
     return MAX_CONTINUATION - (MAX_CONTINUATION - MIN_CONTINUATION) * satisfied
 
 
-def calibrate_base(utility: np.ndarray, pressure: np.ndarray, continuation: np.ndarray, config: ClickConfig) -> float:
-    """The base level for which pages [R, K] have `mean_ctr` clicks per impression; bisection on the logit."""
+def calibrate_base(utility: np.ndarray, pressure: np.ndarray, continuation: np.ndarray, past_organic: np.ndarray, config: ClickConfig) -> float:
+    """The base level for which pages [R, K] have `mean_ctr` clicks per impression; bisection on the logit.
+
+    Args: past_organic [R, K], probability of reading past the organic items above each ad.
+    """
     low, high = -30.0, 30.0
     for _ in range(60):
         middle = 0.5 * (low + high)
-        mean = page_click_probability(attraction(utility, pressure, middle, config), continuation).mean()
+        mean = (page_click_probability(attraction(utility, pressure, middle, config), continuation) * past_organic).mean()
         low, high = (middle, high) if mean < config.mean_ctr else (low, middle)
     if high > 29.0:
         raise ValueError(f"mean_ctr {config.mean_ctr} cannot be reached with max_probability {config.max_probability} and externality {config.externality}")

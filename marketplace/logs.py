@@ -1,7 +1,7 @@
 """Reading and writing folders of logs: day-partitioned Parquet with explicit schemas, page checksums and a manifest.
 
-A folder is `<root>/<table>/day=YYYY-MM-DD/*.parquet` for the tables of `marketplace.schema.TABLES`, plus an optional
-`manifest.json` with the sha256 and size of every file. Files are written beside their target, synced and renamed, so
+A folder is `<root>/<table>/day=YYYY-MM-DD/*.parquet` for the tables of `marketplace.schema.TABLES`, those of `OPTIONAL_TABLES`
+where there are any, and an optional `manifest.json` with the sha256 and size of every file. Files are written beside their target, synced and renamed, so
 that a reader sees the old file or the new one.
 """
 
@@ -20,7 +20,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from marketplace.schema import FORMAT_VERSION, TABLES, Column, Table
+from marketplace.schema import FORMAT_VERSION, OPTIONAL_TABLES, TABLES, Column, Table
 
 MANIFEST = "manifest.json"
 _PARTITION = "day="
@@ -32,9 +32,21 @@ class LogError(ValueError):
 
 def table_of(name: str) -> Table:
     """The schema of a table; `LogError` for an unknown name."""
-    if name not in TABLES:
-        raise LogError(f"unknown table {name!r}; the tables are {', '.join(TABLES)}")
-    return TABLES[name]
+    known = TABLES | OPTIONAL_TABLES
+    if name not in known:
+        raise LogError(f"unknown table {name!r}; the tables are {', '.join(known)}")
+    return known[name]
+
+
+def with_defaults(frame: pd.DataFrame, table: Table) -> pd.DataFrame:
+    """The frame with every column that it lacks and that has a default."""
+    lacking = [column for column in table.columns if column.default is not None and column.name not in frame.columns]
+    return frame.assign(**{column.name: np.full(len(frame), column.default, column.dtype.to_pandas_dtype()) for column in lacking}) if lacking else frame
+
+
+def has_table(root: Path, name: str) -> bool:
+    """Whether a folder of logs holds a table, e.g. an optional one."""
+    return (Path(root) / table_of(name).name).is_dir()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -66,6 +78,7 @@ def write_table(root: Path, table: str, frame: pd.DataFrame) -> None:
     Raises `LogError` where a column is missing, has another type, or holds a null that the schema forbids.
     """
     schema = table_of(table)
+    frame = with_defaults(frame, schema)
     missing = [name for name in schema.names if name not in frame.columns]
     if missing:
         raise LogError(f"table {table}: column {missing[0]!r} is missing from the frame; wanted {', '.join(schema.names)}")
@@ -124,6 +137,8 @@ def _same_kind(found: pa.DataType, wanted: pa.DataType) -> bool:
         return pa.types.is_floating(found)
     if pa.types.is_string(wanted):
         return pa.types.is_large_string(found) or (pa.types.is_dictionary(found) and _same_kind(found.value_type, wanted))
+    if pa.types.is_list(wanted):
+        return pa.types.is_nested(found) and hasattr(found, "value_type") and _same_kind(found.value_type, wanted.value_type)
     return False
 
 
@@ -139,20 +154,27 @@ def _cast(column: Column, values: pa.ChunkedArray, file: Path) -> pa.ChunkedArra
 
 
 def read_file(file: Path, table: str, columns: list[str] | None = None) -> pa.Table:
-    """One Parquet file in the schema's types, page checksums verified. Raises `LogError` naming the file and the column."""
+    """One Parquet file in the schema's types, page checksums verified; a column with a default that the file lacks has it in every row.
+
+    Raises `LogError` naming the file and the column.
+    """
     schema = table_of(table)
     wanted = [schema[name] for name in (columns or schema.names)]
     try:
         with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
             present = set(parquet.schema_arrow.names)
             for column in wanted:
-                if column.name not in present:
+                if column.name not in present and column.default is None:
                     raise LogError(f"{file}: column {column.name!r} is missing; table {table} wants {', '.join(schema.names)}")
-            found = parquet.read(columns=[column.name for column in wanted])
+            found = parquet.read(columns=[column.name for column in wanted if column.name in present])
     except (pa.ArrowInvalid, OSError) as error:
         raise LogError(f"{file}: cannot be read as Parquet (truncated or damaged file?): {error}; write the file again") from error
     fields = [pa.field(column.name, column.dtype) for column in wanted]
-    return pa.Table.from_arrays([_cast(column, found[column.name], file) for column in wanted], schema=pa.schema(fields))
+    columns = [
+        _cast(column, found[column.name], file) if column.name in present else pa.chunked_array([pa.repeat(pa.scalar(column.default, column.dtype), found.num_rows)])
+        for column in wanted
+    ]
+    return pa.Table.from_arrays(columns, schema=pa.schema(fields))
 
 
 def read_table(root: Path, table: str, days: Iterable[date] | None = None, columns: list[str] | None = None) -> pd.DataFrame:
@@ -177,7 +199,7 @@ def read_table(root: Path, table: str, days: Iterable[date] | None = None, colum
 
 def _log_files(root: Path) -> list[Path]:
     files = []
-    for table in TABLES:
+    for table in TABLES | OPTIONAL_TABLES:
         files += [file for file in (Path(root) / table).glob("*/*.parquet") if not file.name.startswith(".")]
     for file in files:
         if file.is_symlink():

@@ -138,11 +138,19 @@ class Limits:
     """R*: the greatest sum of virtual values. Its mean is the most that any truthful auction can collect on average over values (Myerson 1981)."""
 
 
+def exact(world: World) -> bool:
+    """Whether the limits of this world can be computed."""
+    return world.config.creatives.per_ad == 1 and world.config.organic.items == 0
+
+
 def limits(world: World, request_ids: Any, distribution: Distribution | None = None) -> Limits:
     """Limits of requests of a world over all ads of their city that are active on the day.
 
     `distribution`: what the platform knows of an advertiser's value; by default the lognormal of the catalogue's own values.
+    Raises ValueError for a world of several creatives an ad or of organic results: the dynamic programme knows pages of ads alone.
     """
+    if not exact(world):
+        raise ValueError("limits are exact for pages of ads with one creative each; this world has several creatives or organic results")
     ids = np.asarray(request_ids, np.int64)
     if distribution is None:
         logs = np.log(world.state.ads["value"].to_numpy())

@@ -34,6 +34,8 @@ class Column:
     maximum: float | None = None
     exclusive_minimum: bool = False
     nullable: bool = False
+    default: float | None = None
+    """What a file without this column means by leaving it out; None: the column must be there."""
 
     def field(self) -> pa.Field:
         return pa.field(self.name, self.dtype, nullable=self.nullable)
@@ -139,6 +141,7 @@ BEHAVIOURS = Table(
         Column("action", pa.int32(), "1 visit, 2 click, 3 purchase.", "code", 1, 3),
         _latitude("latitude", "Where the place is."),
         _longitude("longitude", "Where the place is."),
+        Column("creative_id", pa.int64(), "The creative through which the user got there; 0 none.", "id", 0, ID_MAX, default=0),
     ),
 )
 
@@ -182,10 +185,46 @@ IMPRESSIONS = Table(
         _time("click_timestamp", "When it was clicked; null without a click.", nullable=True),
         Column("purchase", pa.int32(), "1 if the click led to an order.", "0 or 1", 0, 1),
         Column("order_value", pa.float64(), "Value of that order; 0 without one.", "currency", 0.0, 1e9),
+        Column("creative_click", pa.int32(), "1 if the user opened the creative itself; nobody pays for it.", "0 or 1", 0, 1, default=0),
+    ),
+)
+
+CREATIVES = Table(
+    name="creatives",
+    meaning="What an ad can look like: one row for every creative, from the day on which it exists. Without this table every ad has the one creative that `ads` names.",
+    key=("creative_id",),
+    time="event_timestamp",
+    columns=(
+        _time("event_timestamp", "From when it may be shown."),
+        _id("creative_id", "The creative."),
+        _id("ad_id", "The ad that it belongs to."),
+        Column("embedding", pa.list_(pa.float32()), "Image and text as a vector; finite, equally long in all rows.", "-"),
+    ),
+)
+
+ORGANIC = Table(
+    name="organic",
+    meaning="Organic results on the pages that also showed ads, in the order that must be kept. Without this table pages hold ads alone.",
+    key=("request_id", "rank"),
+    time="event_timestamp",
+    columns=(
+        _id("request_id", "The request that was answered."),
+        Column("rank", pa.int32(), "Place in the organic order, 1 first, no gaps.", "rank", 1, 50),
+        Column("position", pa.int32(), "Place on the whole page, 1 at the top; ads fill the places between, in slot order.", "position", 1, 100),
+        _time("event_timestamp", "When the page was shown."),
+        _id("user_id", "Who saw it; the request's user."),
+        _id("poi_id", "The place shown."),
+        _code("category_id", "Its category."),
+        _latitude("latitude", "Where it is."),
+        _longitude("longitude", "Where it is."),
+        Column("click", pa.int32(), "1 if clicked.", "0 or 1", 0, 1),
     ),
 )
 
 TABLES: dict[str, Table] = {table.name: table for table in (ADS, USERS, BEHAVIOURS, REQUESTS, IMPRESSIONS)}
+"""What every folder of logs holds."""
+OPTIONAL_TABLES: dict[str, Table] = {table.name: table for table in (CREATIVES, ORGANIC)}
+"""What a folder may hold beside them; `model.kind: ega_v2` learns from both."""
 
 GEO_DEGREES = 0.01
 """Side of a geo cell in degrees, about 1.1 km of latitude."""

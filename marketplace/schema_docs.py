@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from marketplace.schema import FORMAT_VERSION, ID_MAX, TABLES, Column, Table
+from marketplace.schema import FORMAT_VERSION, ID_MAX, OPTIONAL_TABLES, TABLES, Column, Table
 
-_TYPES = {pa.int32(): "int32", pa.int64(): "int64", pa.float32(): "float32", pa.float64(): "float64", pa.string(): "string"}
+_TYPES = {pa.int32(): "int32", pa.int64(): "int64", pa.float32(): "float32", pa.float64(): "float64", pa.string(): "string", pa.list_(pa.float32()): "list of float32"}
 
 _INTRODUCTION = f"""# The data: bring your own logs
 
@@ -22,11 +22,13 @@ DIR/
   behaviours/day=2025-08-04/part-0.parquet   visits, clicks and purchases; also from before the first request
   requests/day=2025-09-01/part-0.parquet     page views that asked for ads
   impressions/day=2025-09-01/part-0.parquet  ads shown, and what came of them
+  creatives/day=2025-09-01/part-0.parquet    optional: several creatives an ad
+  organic/day=2025-09-01/part-0.parquet      optional: organic results between the ads
   manifest.json                              optional: sha256 and size of every file
 ```
 
 - One folder per table and UTC day; the day is that of the table's time column. Any number of `*.parquet` files in a day. Days without rows need no folder.
-- Column order does not matter and other columns are ignored. Narrower integers, other time units and dictionary-encoded strings are widened
+- A column with "default" in the table below may be left out. Column order does not matter; other columns are refused, since a misspelt name would go unseen. Narrower integers, other time units and dictionary-encoded strings are widened
   without loss; a text where a number belongs is an error that names file and column. Timestamps need a time zone.
 - Write Parquet with page checksums (`write_page_checksum=True`) if you can: they are verified when read.
 - Without `manifest.json` the folder is taken as it is. With one, a file that is missing, added or changed stops the run:
@@ -113,14 +115,14 @@ def _table(table: Table) -> str:
     ]
     for column in table.columns:
         kind = "timestamp" if pa.types.is_timestamp(column.dtype) else _TYPES[column.dtype]
-        null = "allowed" if column.nullable else "no"
+        null = "allowed" if column.nullable else "no" if column.default is None else f"default {column.default:g}"
         lines.append(f"| `{column.name}` | {kind} | {column.unit or '-'} | {_range(column)} | {null} | {column.meaning} |")
     return "\n".join(lines) + "\n"
 
 
 def schema_markdown() -> str:
     """The text of docs/data.md."""
-    return _INTRODUCTION + "".join(_table(table) for table in TABLES.values()) + _GUIDE
+    return _INTRODUCTION + "".join(_table(table) for table in (TABLES | OPTIONAL_TABLES).values()) + _GUIDE
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ A ads, C categories (category_id is the index), D days, S substitutes.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from datetime import date
 from pathlib import Path
 
@@ -58,6 +58,10 @@ class WorldState:
     """log(1 + visits) of those pairs."""
     log_days: list[date]
     live_days: list[date]
+    creative_embedding_MF: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    """Creatives ordered by ad; empty where every ad has one."""
+    creative_appeal_M: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    visual_taste_UF: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
 
     def save(self, folder: Path) -> None:
         """Write the state as Parquet, npy and JSON files."""

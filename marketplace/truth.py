@@ -17,13 +17,15 @@ from marketplace.worlds import World
 
 PAGE_COLUMNS = ("policy", "request_id", "slot", "ad_id", "bid", "payment", "pctr")
 """What `score_pages` wants: one row per ad on a page."""
+CHOSEN_COLUMNS = ("creative_id", "above")
+"""What it reads where a policy chose it: the creative, and how many organic items stand above the ad. Else the ad's first creative, and alternating."""
 
 METRICS = ("clicks", "welfare", "bid_welfare", "revenue")
 """Expected per request: sum of q, q * value, q * bid, q * payment over the page; q is the true click probability."""
 
 
 def score_pages(world: World, pages: pd.DataFrame) -> pd.DataFrame:
-    """Expected outcome of every page; one row per (policy, request_id): user_id, slots, METRICS, predicted_clicks.
+    """Expected outcome of every page; one row per (policy, request_id): user_id, slots, METRICS, predicted_clicks, organic_clicks.
 
     Args: pages, with PAGE_COLUMNS; slots 1..K' without gaps in each page; `pctr` the policy's own prediction for the slot.
     Raises ValueError for missing columns, requests or ads that are not of this world, gaps, and an ad shown twice.
@@ -51,7 +53,10 @@ def score_pages(world: World, pages: pd.DataFrame) -> pd.DataFrame:
 
     ad_ids = on_page(pages["ad_id"].to_numpy(np.int64), -1)
     scored = pages.loc[first, ["policy", "request_id"]].reset_index(drop=True)
-    probability, reading_on = world.page_truth(scored["request_id"], ad_ids)
+    creatives, above = (on_page(pages[name].to_numpy(np.int64), -1) if name in pages else None for name in CHOSEN_COLUMNS)
+    if above is not None:
+        above = np.maximum.accumulate(above, axis=1)  # empty slots follow the last ad
+    probability, reading_on = world.page_truth(scored["request_id"], ad_ids, creatives, above)
     q = page_click_probability(probability, reading_on)
     value = np.zeros(ad_ids.shape)
     value[ad_ids >= 0] = world.values_per_click(ad_ids[ad_ids >= 0])
@@ -61,6 +66,7 @@ def score_pages(world: World, pages: pd.DataFrame) -> pd.DataFrame:
     scored["welfare"] = (q * value).sum(axis=1)
     scored["bid_welfare"] = (q * on_page(pages["bid"].to_numpy(np.float64), 0.0)).sum(axis=1)
     scored["revenue"] = (q * on_page(pages["payment"].to_numpy(np.float64), 0.0)).sum(axis=1)
+    scored["organic_clicks"] = world.organic_clicks(scored["request_id"], ad_ids, above).sum(axis=1)
     scored["predicted_clicks"] = on_page(pages["pctr"].to_numpy(np.float64), 0.0).sum(axis=1)
     return scored
 

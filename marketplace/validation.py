@@ -155,14 +155,14 @@ def laws_of(loaded: LoadedLogs, config: ValidationConfig, now: dt.datetime, acce
                 kept[rule.table, rule.rule] = np.asarray(rule.check(look), bool)
             except Exception as error:  # whatever broken values do to a rule is a failure of the logs, not a traceback
                 statistics.cannot(f"{rule.table} {rule.rule}", error)
-    for name in TABLES:
+    for name in loaded.tables:
         laws += schema_laws(name, loaded.tables, config)
     for rule in ROW_RULES:
         if (rule.table, rule.rule) in kept:
             says = f"{rule.says}: after {look.latest[1]}" if rule.rule == "no-future-timestamps" else rule.says
             show = rule.show if rule.value is None else (*rule.show, rule.value[0])
             laws.append(Law(rule.rule, rule.table, (rule.rule,), "true", says, rule.remedy, rule.severity, show=show))
-    for name in TABLES:
+    for name in loaded.tables:
         columns = {rule: values for (table, rule), values in kept.items() if table == name}
         columns |= {rule.value[0]: rule.value[1](look) for rule in ROW_RULES if rule.table == name and rule.value and not kept.get((name, rule.rule), np.ones(1)).all()}
         if columns:
@@ -183,7 +183,7 @@ def failures_of(verdicts: list[Verdict], frames: dict[str, pd.DataFrame]) -> lis
 
 def _failure(verdict: Verdict, frame: pd.DataFrame) -> Failure:
     law = verdict.law
-    where = law.frame if law.frame in TABLES else ""
+    where = law.frame if law.frame not in ("files", "statistics") else ""
     subject = f"{where}.{law.columns[0]}" if where and law.kind in ("type", "not_null", "range", "varies") else where
     examples, rows = law.examples, verdict.rows
     if verdict.problem:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from marketplace.schema import TABLES
+from marketplace.schema import OPTIONAL_TABLES, TABLES
 from marketplace.validation_suites import Verdict
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def data_docs(passed: bool, failures: Sequence[Failure], verdicts: Sequence[Verd
         f"<p class='quiet'>{len(verdicts)} laws checked by Great Expectations on {rows}; {escape(statistics['validated'])}; data {escape(statistics['data_hash'][:12] or 'unreadable')}</p>",
     ]
     parts += [f"<div class='box {failure.severity}'><b>{failure.severity}</b> {escape(failure.message)}</div>" for failure in failures]
-    for name in ("files", *TABLES, "statistics"):
+    for name in ("files", *TABLES, *OPTIONAL_TABLES, "statistics"):
         mine = [verdict for verdict in verdicts if verdict.law.frame == name]
         if mine:
             parts.append(_suite(name, mine))

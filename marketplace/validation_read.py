@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from marketplace.logs import MANIFEST, LogError, manifest_of, read_file
-from marketplace.schema import FORMAT_VERSION, TABLES, Table
+from marketplace.schema import FORMAT_VERSION, OPTIONAL_TABLES, TABLES, Table
 
 DAY = "_day"
 """Helper column of every loaded table: days since 1970 of the row's partition folder (not of its timestamp)."""
@@ -33,7 +33,8 @@ class LoadedLogs:
     """What could be read.
 
     `files`: one row a file with table, file (relative path), day (ISO; '' if the folder is misnamed), rows and `PROBLEMS`.
-    `tables`: the rows; a column is there only if every readable file of its table has it, plus `DAY`.
+    `tables`: the rows; a column is there only if every readable file of its table has it (or it has a default), plus `DAY`. An optional
+    table is there only if its folder is.
     `data_hash`: sha256 over all files, '' if the folder cannot even be listed.
     """
 
@@ -47,7 +48,7 @@ def load_logs(root: Path) -> LoadedLogs:
     """Read every `<root>/<table>/day=*/*.parquet` as far as possible."""
     rows: list[dict] = []
     tables: dict[str, pd.DataFrame] = {}
-    for table in TABLES.values():
+    for table in (*TABLES.values(), *(table for table in OPTIONAL_TABLES.values() if (root / table.name).is_dir())):
         parts: list[pa.Table] = []
         for path in sorted((root / table.name).glob("*/*.parquet")):
             if path.name.startswith("."):
@@ -72,9 +73,9 @@ def _read(path: Path, table: Table, row: dict) -> pa.Table | None:
     row["day"] = day.isoformat()
     try:
         names = pq.read_schema(path).names
-        row["missing_columns"] = ", ".join(name for name in table.names if name not in names)
+        present = [column.name for column in table.columns if column.name in names or column.default is not None]
+        row["missing_columns"] = ", ".join(name for name in table.names if name not in present)
         row["extra_columns"] = ", ".join(name for name in names if name not in table.names)
-        present = [name for name in table.names if name in names]
         try:
             data = read_file(path, table.name, present) if present else None
         except LogError:
@@ -92,7 +93,7 @@ def _read_column_by_column(path: Path, table: Table, present: list[str], row: di
     """Find which columns do not fit the schema; keep those whose values can still be checked (nulls, castable types)."""
     wrong, columns = [], {}
     raw = pq.read_table(path, columns=present, page_checksum_verification=True, partitioning=None)
-    for name in present:
+    for name in raw.column_names:
         try:
             columns[name] = read_file(path, table.name, [name])[name]
         except LogError as error:

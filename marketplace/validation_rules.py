@@ -19,7 +19,7 @@ import pyarrow as pa
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as config_dataclass
 
-from marketplace.schema import ID_MAX, TABLES, Column
+from marketplace.schema import ID_MAX, OPTIONAL_TABLES, TABLES, Column
 from marketplace.validation_read import DAY, LoadedLogs
 
 CRITICAL, WARNING = "critical", "warning"
@@ -66,9 +66,10 @@ class ValidationConfig:
 MAY_BE_CONSTANT = (
     *("ads.event_timestamp", "ads.city_id", "ads.reserve", "users.event_timestamp", "users.city_id"),
     *("requests.city_id", "requests.utc_offset_minutes", "requests.slots", "requests.arm", "requests.model_version"),
-    "impressions.click_timestamp",
+    *("impressions.click_timestamp", "impressions.creative_click", "behaviours.creative_id"),
+    *("creatives.event_timestamp", "organic.rank", "organic.position", "organic.click"),
 )
-"""Columns that one city, one day, one policy or one page layout makes constant. `no-lost-cities` looks after city_id."""
+"""Columns that one city, one day, one policy, one page layout or logs without creatives make constant. `no-lost-cities` looks after city_id."""
 
 NEUTRAL = {"behaviours.action": 1, "impressions.slot": 1, "impressions.propensity": 1}
 """Columns that may be constant at this value: visits only (see `clicks-recorded-as-clicks`), pages of one slot, a deterministic policy."""
@@ -133,12 +134,13 @@ def files_frame(logs: LoadedLogs) -> pd.DataFrame:
     return frame
 
 
+_TABLES = TABLES | OPTIONAL_TABLES
 _GX_TYPES = {pa.int64(): "int64", pa.int32(): "int32", pa.float64(): "float64", pa.float32(): "float32", pa.string(): "str"}
 
 
 def schema_laws(name: str, tables: dict[str, pd.DataFrame], config: ValidationConfig) -> list[Law]:
     """Row count first, then columns, types, nulls, ranges, keys and variation of one table, all from `schema.TABLES`."""
-    table, frame = TABLES[name], tables[name]
+    table, frame = _TABLES[name], tables[name]
     laws = [Law("table-not-empty", name, (), "rows", f"table {name} has no rows", "bring the rows of the day", low=1)]
     lost = [column for column in table.names if column not in frame.columns]
     laws.append(Law("no-missing-columns", name, tuple(table.names), "columns", f"column is missing: {', '.join(lost)}", "write it as docs/data.md says"))
@@ -153,10 +155,10 @@ def schema_laws(name: str, tables: dict[str, pd.DataFrame], config: ValidationCo
 
 def _column_laws(name: str, column: Column, tables: dict[str, pd.DataFrame], config: ValidationConfig) -> list[Law]:
     values = tables[name][column.name]
-    show = tuple(dict.fromkeys((*TABLES[name].key, column.name)))
+    show = tuple(dict.fromkeys((*_TABLES[name].key, column.name)))
     laws = []
     holes = values.isna().any()
-    if not (holes and pa.types.is_integer(column.dtype)):  # pandas turns integers with holes into floats; the hole is reported instead
+    if not (pa.types.is_list(column.dtype) or (holes and pa.types.is_integer(column.dtype))):  # pandas turns integers with holes into floats; the hole is reported instead
         dtype = _GX_TYPES.get(column.dtype, "Timestamp")
         laws.append(Law("column-types", name, (column.name,), "type", f"must be {column.dtype}", "write it as docs/data.md says", dtype=dtype))
     if not column.nullable:
@@ -180,7 +182,7 @@ _ROWS_WITH_CLICKS = 1000
 
 def _must_vary(table: str, column: str, tables: dict[str, pd.DataFrame], config: ValidationConfig) -> bool:
     key, values = f"{table}.{column}", tables[table][column]
-    if len(values) < config.constant_minimum_rows or key in MAY_BE_CONSTANT or key in config.may_be_constant:
+    if len(values) < config.constant_minimum_rows or pa.types.is_list(_TABLES[table][column].dtype) or key in MAY_BE_CONSTANT or key in config.may_be_constant:
         return False
     if key in NEUTRAL and _always(values, NEUTRAL[key]):
         return False
@@ -207,7 +209,7 @@ class Lookups:
 
     def has(self, *columns: str) -> bool:
         """Whether all of these (as table.column) could be read and their tables have rows."""
-        return all(len(self.tables[table]) and name in self.tables[table].columns for table, name in (column.split(".") for column in columns))
+        return all(table in self.tables and len(self.tables[table]) and name in self.tables[table].columns for table, name in (column.split(".") for column in columns))
 
     def ids(self, column: str) -> np.ndarray:
         """An id column as int64, -1 for null."""
@@ -241,6 +243,11 @@ class Lookups:
     def _take(self, table: str, name: str, rows: np.ndarray) -> pd.Series:
         values = self.tables[table][name].reset_index(drop=True)
         return values.reindex(rows).reset_index(drop=True)
+
+    @cached_property
+    def creative_rows(self) -> np.ndarray:
+        """Row of `creatives` of each impression's creative, -1 unknown."""
+        return first_rows(self.ids("creatives.creative_id"), self.ids("impressions.creative_id"))
 
     @cached_property
     def latest(self) -> tuple[pd.Timestamp, str]:
@@ -375,6 +382,37 @@ def _same_place(look: Lookups) -> np.ndarray:
     return ~(at_ad & wrong)
 
 
+def _creative_of_the_ad(look: Lookups) -> np.ndarray | pd.Series:
+    """The catalogue's creative; where there is a table of creatives, one of the ad's own."""
+    if not look.has("creatives.creative_id", "creatives.ad_id"):
+        return _equal(look.tables["impressions"]["creative_id"], look.of_ad("creative_id"))
+    rows = look.creative_rows
+    return (rows >= 0) & ((look.ids("creatives.ad_id")[rows] == look.ids("impressions.ad_id")) | (look.ids("impressions.ad_id") < 0))
+
+
+def _embeddings_usable(look: Lookups) -> np.ndarray:
+    """Finite, and as long as the most common one."""
+    vectors = look.tables["creatives"]["embedding"]
+    length = vectors.map(lambda vector: -1 if vector is None else len(vector)).to_numpy()
+    values, count = np.unique(length, return_counts=True)
+    return np.array([size == values[count.argmax()] and size > 0 and bool(np.isfinite(vector).all()) for size, vector in zip(length, vectors, strict=True)], bool)
+
+
+def _organic_rows_of_requests(look: Lookups) -> np.ndarray:
+    return first_rows(look.ids("requests.request_id"), look.ids("organic.request_id"))
+
+
+def _organic_in_order(look: Lookups) -> pd.Series:
+    """Ranks 1, 2, ... and rising positions on every page, none beyond the last ad and organic item."""
+    rows = look.tables["organic"][["request_id", "rank", "position"]]
+    ordered = rows.sort_values(["request_id", "rank"], kind="stable")
+    page = ordered.groupby("request_id", sort=False)
+    ads = look.tables["impressions"].groupby("request_id").size()
+    room = ordered["request_id"].map(ads).fillna(0) + page["rank"].transform("size")
+    kept = (ordered["rank"] == page.cumcount() + 1) & ~(page["position"].diff() < 1) & (ordered["position"] <= room)
+    return kept.reindex(rows.index)
+
+
 def _session_of_one_user(look: Lookups) -> np.ndarray:
     """A behaviour in a request's session is of the request's user."""
     session = look.ids("behaviours.session_id")
@@ -425,15 +463,27 @@ ROW_RULES = (
     ),
     RowRule(
         "creative-of-the-ad", "impressions", ("impressions.ad_id", "ads.ad_id", "ads.creative_id", "impressions.creative_id"),
-        "the creative is not the one that the catalogue gives for this ad (ids remapped?)", "check ad_id and creative_id", lambda look: _equal(look.tables["impressions"]["creative_id"], look.of_ad("creative_id")),
+        "the creative is not one of this ad's (ids remapped?)", "check ad_id and creative_id", _creative_of_the_ad,
         (*_PAGE, "ad_id", "creative_id"),
     ),
     *(
         RowRule(
             "no-unknown-users", table, (f"{table}.user_id", "users.user_id"), "unknown user: not in the users table", "export a profile row for every user, with 0 for what is unknown",
-            lambda look, table=table: _known(look, f"{table}.user_id", "users.user_id"), (*TABLES[table].key, "user_id"),
+            lambda look, table=table: _known(look, f"{table}.user_id", "users.user_id"), (*_TABLES[table].key, "user_id"),
         )
-        for table in ("behaviours", "requests", "impressions")
+        for table in ("behaviours", "requests", "impressions", "organic")
+    ),
+    RowRule(
+        "embeddings-usable", "creatives", ("creatives.embedding",), "the embedding is empty, not finite, or not as long as the others", "embed image and text of every creative with one model", _embeddings_usable,
+        ("creative_id", "ad_id"),
+    ),
+    RowRule(
+        "organic-of-known-requests", "organic", ("organic.request_id", "requests.request_id"), "unknown request: its organic results are on no page of the logs", "export requests and organic results of the same days",
+        lambda look: _organic_rows_of_requests(look) >= 0, ("request_id", "rank"),
+    ),
+    RowRule(
+        "organic-order-kept", "organic", ("organic.request_id", "organic.rank", "organic.position", "impressions.request_id"),
+        "ranks must be 1, 2, ... and positions rise with them, within the page", "export every organic result of a page with its place on it", _organic_in_order, ("request_id", "rank", "position"),
     ),
     RowRule(
         "impression-user-is-request-user", "impressions", ("impressions.user_id", "impressions.request_id", "requests.request_id", "requests.user_id"),
@@ -482,15 +532,15 @@ ROW_RULES = (
     *(
         RowRule(
             "no-future-timestamps", table, (f"{table}.event_timestamp",), "future timestamp", "check clocks and time zones, or leave out days that are not over", _not_in_future(table),
-            (*TABLES[table].key, "event_timestamp", *(("click_timestamp",) if table == "impressions" else ())),
+            (*_TABLES[table].key, "event_timestamp", *(("click_timestamp",) if table == "impressions" else ())),
         )
-        for table in TABLES
+        for table in _TABLES
     ),
     *(
         RowRule(
             "rows-in-their-day", table, (f"{table}.event_timestamp",), "the timestamp is not of the UTC day of its folder", "partition by the UTC date of event_timestamp", _in_own_day(table),
-            (*TABLES[table].key, "event_timestamp"),
+            (*_TABLES[table].key, "event_timestamp"),
         )
-        for table in TABLES
+        for table in _TABLES
     ),
 )

@@ -139,7 +139,7 @@ def _behaviours_in_impressions(look: Lookups, statistics: Statistics) -> None:
     of_request = (session > 0) & np.isin(session, known_sessions[known_sessions > 0])
     time = done["event_timestamp"]
     rows = np.flatnonzero(is_click & ((of_request & (time >= first)) | (time >= first + pd.Timedelta(hours=look.config.late_hours))).to_numpy())
-    if look.config.organic_clicks or not len(rows):
+    if look.config.organic_clicks or look.has("organic.click") or not len(rows):
         return
     clicked = np.flatnonzero((shown["click"] == 1).to_numpy() & (look.catalogue_rows >= 0) & (look.request_rows >= 0))
     place = look.ids("ads.poi_id")[look.catalogue_rows[clicked]]

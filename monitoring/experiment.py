@@ -355,7 +355,8 @@ def _visit(row: Any, scene: _Scene, tally: _Tally) -> None:
         _shadow(row, body, page, milliseconds, scene, tally)
     if not ads:
         return
-    response = _habits(scene.world.respond(row, np.array([ad["ad_id"] for ad in ads], np.int64)), row, page, scene)
+    shown, creatives = (np.array([ad[name] for ad in ads], np.int64) for name in ("ad_id", "creative_id"))
+    response = _habits(scene.world.respond(row, shown, creatives), row, page, scene)
     if events := _deliver(_events_of(row, page, response), row, scene, tally):
         _send(events, url, scene, tally)
 

@@ -74,17 +74,23 @@ def write_events(root: Path, events: pd.DataFrame, name: str = "part-0") -> None
         logs.write_parquet(Path(root) / "events" / f"day={day}" / f"{name}.parquet", table)
 
 
+_DEFAULTS = {column.name: column.default for column in IMPRESSIONS.columns if column.default is not None}
+
+
 def _read(files: list[Path], schema: pa.Schema, bucket: int, buckets: int) -> pd.DataFrame:
     """Rows of the files whose request id falls into a bucket, batch by batch; page checksums are verified."""
     parts = []
     for file in files:
         try:
             with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
-                missing = [name for name in schema.names if name not in parquet.schema_arrow.names]
-                if missing:
+                lacking = [name for name in schema.names if name not in parquet.schema_arrow.names]
+                if missing := [name for name in lacking if name not in _DEFAULTS]:
                     raise logs.LogError(f"{file}: column {missing[0]!r} is missing; wanted {', '.join(schema.names)}")
-                for batch in parquet.iter_batches(columns=schema.names):
-                    table = pa.Table.from_batches([batch]).select(schema.names).cast(schema)
+                for batch in parquet.iter_batches(columns=[name for name in schema.names if name not in lacking]):
+                    table = pa.Table.from_batches([batch])
+                    for name in lacking:
+                        table = table.append_column(name, pa.repeat(pa.scalar(_DEFAULTS[name], schema.field(name).type), len(table)))
+                    table = table.select(schema.names).cast(schema)
                     if buckets > 1:
                         table = table.filter(pc.equal(pc.bit_wise_and(table["request_id"], buckets - 1), bucket))
                     parts.append(table)

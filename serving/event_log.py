@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from marketplace.logs import write_manifest, write_table
+from marketplace.logs import with_defaults, write_manifest, write_table
 from marketplace.schema import ACTION_CLICK, ACTION_PURCHASE, BEHAVIOURS, IMPRESSIONS, REQUESTS, Table
 
 SCHEMA_VERSION = 3
@@ -343,6 +343,7 @@ def _times(micros: pd.Series) -> pd.Series:
 
 def _conform(frame: pd.DataFrame, table: Table) -> pd.DataFrame:
     """The table's columns in its order and types."""
+    frame = with_defaults(frame, table)
     kinds = {column.name: column.dtype.to_pandas_dtype() for column in table.columns if not str(column.dtype).startswith(("timestamp", "string"))}
     return frame[table.names].astype(kinds)
 
@@ -401,7 +402,7 @@ def read_behaviours(path: Path, since: datetime | None = None, until: datetime |
 
 
 _BEHAVIOURS = """
-SELECT e.request_id, e.slot, e.type, e.time_us, i.user_id, r.session_id, i.poi_id, i.category_id, i.latitude, i.longitude
+SELECT e.request_id, e.slot, e.type, e.time_us, i.user_id, r.session_id, i.poi_id, i.category_id, i.latitude, i.longitude, i.creative_id
 FROM event e JOIN impression i ON i.request_id = e.request_id AND i.slot = e.slot JOIN request r ON r.request_id = e.request_id
 WHERE {where} AND (e.type = 'click' OR EXISTS (
   SELECT 1 FROM event c WHERE c.request_id = e.request_id AND c.slot = e.slot AND c.type = 'click'))
@@ -454,7 +455,7 @@ def export_logs(path: Path, out: Path, since: datetime | None = None, until: dat
         "behaviours": read_behaviours(path, since, until),
     }
     if "behaviours" in tables:
-        joined = pd.concat([tables.pop("behaviours")[BEHAVIOURS.names], frames["behaviours"]], ignore_index=True)
+        joined = pd.concat([with_defaults(tables.pop("behaviours"), BEHAVIOURS)[BEHAVIOURS.names], frames["behaviours"]], ignore_index=True)
         frames["behaviours"] = joined.drop_duplicates("behaviour_id", keep="last", ignore_index=True)
     frames |= tables
     for name, frame in frames.items():

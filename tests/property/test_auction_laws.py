@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import auction
 from auction import batch
+from auction.ties import RELATIVE_STEP
 
 LAW = settings(max_examples=int(os.environ.get("EGA_PROPERTY_EXAMPLES", "60")), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -186,8 +187,11 @@ def test_thresholds_predict_the_slot(market, ad, bid):
     theta = pricing.theta[page.tolist().index(ad)]
     shown = market.with_bid(ad, bid).page()
     slot = shown.tolist().index(ad) if ad in shown else len(page)
-    scale = max(1.0, bid) * 1e-6 / max(float(market.pctr[ad]), 1e-3)  # float noise of the score, seen through a small pCTR
-    if (np.abs(theta - bid) > scale).all():
+    weight = np.broadcast_to(market.slopes, market.affinity.shape)[ad] * market.pctr[ad]
+    if weight.min() == 0.0:
+        return  # no bid moves this ad
+    closest = 4 * RELATIVE_STEP * (1.0 + weight.max() * bid) / weight.min()  # scores nearer than this are a tie, seen as bids
+    if (np.abs(theta - bid) > closest).all():
         assert slot == (int((theta >= bid).sum()) if bid >= market.reserve[ad] else len(page))
 
 

@@ -47,6 +47,7 @@ def world(seed: int, requests: int = 40, slots: int = 3):
         click_timestamp=pd.Series(pd.NaT, index=range(count), dtype="datetime64[us, UTC]"),
         purchase=0,
         order_value=0.0,
+        creative_click=0,
     )[IMPRESSIONS.names]
     clicked = shown[generator.random(count) < 0.3]
     clicks = clicked[["request_id", "slot"]].assign(

@@ -6,6 +6,7 @@ import json
 from datetime import date
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -70,13 +71,22 @@ def test_reading_names_the_file_and_the_missing_column(tmp_path: Path) -> None:
         read_table(tmp_path, "behaviours")
 
 
+def test_a_column_with_a_default_may_be_left_out(tmp_path: Path) -> None:
+    write_table(tmp_path, "behaviours", behaviours())
+    rewrite(part(tmp_path), lambda table: table.drop_columns("creative_id"))
+    found = read_table(tmp_path, "behaviours")
+    assert found["creative_id"].tolist() == [0] * len(behaviours()) and found["creative_id"].dtype == np.int64
+    assert read_table(tmp_path, "behaviours", columns=["creative_id", "user_id"]).columns.tolist() == ["creative_id", "user_id"]
+
+
 def test_reading_widens_types_without_loss_and_refuses_others(tmp_path: Path) -> None:
     write_table(tmp_path, "behaviours", behaviours())
     narrow = lambda table: table.set_column(2, "user_id", table["user_id"].cast(pa.int32())).set_column(  # noqa: E731
         1, "event_timestamp", table["event_timestamp"].cast(pa.timestamp("ns", tz="America/New_York"))
     )
     rewrite(part(tmp_path), narrow)
-    pd.testing.assert_frame_equal(read_table(tmp_path, "behaviours"), behaviours().astype(read_table(tmp_path, "behaviours").dtypes))
+    found = read_table(tmp_path, "behaviours")
+    pd.testing.assert_frame_equal(found, behaviours().assign(creative_id=0).astype(found.dtypes))
     rewrite(part(tmp_path), lambda table: table.set_column(2, "user_id", table["user_id"].cast(pa.string())))
     with pytest.raises(LogError, match=r"'user_id' has type string, the schema wants int64"):
         read_table(tmp_path, "behaviours")

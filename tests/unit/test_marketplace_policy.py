@@ -40,12 +40,12 @@ def test_stress_model_counts_same_category_ads_below_only() -> None:
 def test_calibration_meets_its_target_and_says_when_it_cannot() -> None:
     rng, config = np.random.default_rng(1), ClickConfig(mean_ctr=0.06)
     utility, pressure, reading = rng.standard_normal((500, 5)), rng.random((500, 5)), rng.uniform(0.5, 0.97, (500, 5))
-    base = calibrate_base(utility, pressure, reading, config)
+    base = calibrate_base(utility, pressure, reading, 1.0, config)
     from marketplace.click_model import attraction
 
     assert page_click_probability(attraction(utility, pressure, base, config), reading).mean() == pytest.approx(0.06, abs=1e-9)
     with pytest.raises(ValueError, match="cannot be reached"):
-        calibrate_base(utility, pressure, reading, ClickConfig(mean_ctr=0.85))
+        calibrate_base(utility, pressure, reading, 1.0, ClickConfig(mean_ctr=0.85))
 
 
 @pytest.mark.parametrize("bad", [{"mean_ctr": 0.0}, {"externality": -1.0}, {"substitution_below": 1.0}, {"unknown": 1}, {"substitutes": 0}])

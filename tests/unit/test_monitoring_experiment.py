@@ -31,7 +31,7 @@ class World:
         )
         return frame.sample(frac=1.0, random_state=1).reset_index(drop=True)
 
-    def respond(self, row, page_ad_ids):
+    def respond(self, row, page_ad_ids, creative_ids):
         first = np.arange(len(page_ad_ids)) == 0
         bought = first & (row.request_id % 2 == 0)
         return SimpleNamespace(
