@@ -110,7 +110,7 @@ class City:
         poi = self.poi_row[at]
         columns = {
             "behaviour_id": at, "poi_id": self.pois["poi_id"].to_numpy()[poi], "category_id": self.category[poi],
-            "action": np.full(at.shape, schema.ACTION_VISIT), "latitude": self.place[poi, 0], "longitude": self.place[poi, 1], "time_us": self.time_us[at],
+            "action": np.full(at.shape, schema.ACTION_VISIT), "latitude": self.place[poi, 0], "longitude": self.place[poi, 1], "creative_id": np.zeros_like(at), "time_us": self.time_us[at],
         }  # fmt: skip
         # Check-ins of the request's own second (times are often whole minutes) are no past.
         histories = Histories(count, **{name: np.where(real, values, 0) for name, values in columns.items()}).before(self.time_us[rows_R])

@@ -33,7 +33,8 @@ from features.store import (
     source_path,
     write_snapshot,
 )
-from marketplace.logs import data_hash, read_table, write_parquet
+from marketplace.creatives import best_creatives
+from marketplace.logs import data_hash, has_table, read_table, write_parquet
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -101,10 +102,11 @@ def state_rows(events: pd.DataFrame, request_users: np.ndarray, request_times: n
     return np.unique(np.concatenate([seen, final]))
 
 
-def catalogue_table(ads: pd.DataFrame, impressions: pd.DataFrame) -> pa.Table:
+def catalogue_table(ads: pd.DataFrame, impressions: pd.DataFrame, creatives: pd.DataFrame | None = None) -> pa.Table:
     """Rows of the `ad_catalog` source: every ad and day, and the last day's ads once more for the day that follows the logs.
 
-    `impressions` and `clicks` of a row count what was known when its day began: shows, and clicks by the time of the click.
+    `impressions` and `clicks` of a row count what was known when its day began: shows, and clicks by the time of the click. So does
+    `shown_creative_id`, the choice of a selector that looks at one creative by itself: the best smoothed click rate among the ad's `creatives`.
     """
     last = ads["event_timestamp"].max()
     following = ads[ads["event_timestamp"] == last].assign(event_timestamp=last + timedelta(days=1))
@@ -112,16 +114,25 @@ def catalogue_table(ads: pd.DataFrame, impressions: pd.DataFrame) -> pa.Table:
     starts, day = np.unique(microseconds(rows["event_timestamp"]), return_inverse=True)
     ad_ids, ad = np.unique(rows["ad_id"].to_numpy(), return_inverse=True)
 
-    def counts(ad_id: pd.Series, when: pd.Series) -> np.ndarray:
-        position = np.minimum(np.searchsorted(ad_ids, ad_id.to_numpy()), len(ad_ids) - 1)
-        real = ad_ids[position] == ad_id.to_numpy()
+    def counts(known: np.ndarray, ids: pd.Series, when: pd.Series) -> np.ndarray:
+        """[days + 1, known ids]: events before each day."""
+        position = np.minimum(np.searchsorted(known, ids.to_numpy()), len(known) - 1)
+        real = known[position] == ids.to_numpy()
         first_day = np.searchsorted(starts, microseconds(when), side="right")  # the first day that starts after the event
-        cell = np.bincount(first_day[real] * len(ad_ids) + position[real], minlength=(len(starts) + 1) * len(ad_ids))
-        return cell.reshape(len(starts) + 1, len(ad_ids)).cumsum(axis=0)[day, ad]
+        cell = np.bincount(first_day[real] * len(known) + position[real], minlength=(len(starts) + 1) * len(known))
+        return cell.reshape(len(starts) + 1, len(known)).cumsum(axis=0)
 
     clicked = impressions[impressions["click"] == 1]
-    rows["impressions"] = counts(impressions["ad_id"], impressions["event_timestamp"])
-    rows["clicks"] = counts(clicked["ad_id"], clicked["click_timestamp"].fillna(clicked["event_timestamp"]))
+    when = clicked["click_timestamp"].fillna(clicked["event_timestamp"])
+    rows["impressions"] = counts(ad_ids, impressions["ad_id"], impressions["event_timestamp"])[day, ad]
+    rows["clicks"] = counts(ad_ids, clicked["ad_id"], when)[day, ad]
+    rows["shown_creative_id"] = rows["creative_id"]
+    if creatives is not None:
+        mine = creatives[creatives["ad_id"].isin(ad_ids)].sort_values("creative_id")
+        known, owner = mine["creative_id"].to_numpy(), np.searchsorted(ad_ids, mine["ad_id"].to_numpy())
+        shown, clicks = counts(known, impressions["creative_id"], impressions["event_timestamp"]), counts(known, clicked["creative_id"], when)
+        best = best_creatives(shown, clicks, owner, len(ad_ids))[day, ad]
+        rows["shown_creative_id"] = np.where(best >= 0, known[best], rows["creative_id"])
     rows["created"] = rows["event_timestamp"]
     return pa.Table.from_pandas(rows, schema=SOURCES["ad_catalog"], preserve_index=False).replace_schema_metadata(None)
 
@@ -138,8 +149,12 @@ def _write_sources(logs: Path, home: Path, behaviours: int) -> tuple[np.ndarray,
     profiles["created"] = profiles["event_timestamp"]
     write_parquet(source_path(home, "user_profile"), pa.Table.from_pandas(profiles, schema=SOURCES["user_profile"], preserve_index=False).replace_schema_metadata(None))
 
-    impressions = read_table(logs, "impressions", columns=["event_timestamp", "ad_id", "click", "click_timestamp"])
-    catalogue = catalogue_table(read_table(logs, "ads"), impressions)
+    impressions = read_table(logs, "impressions", columns=["event_timestamp", "ad_id", "creative_id", "click", "click_timestamp"])
+    creatives = read_table(logs, "creatives") if has_table(logs, "creatives") else None
+    catalogue = catalogue_table(read_table(logs, "ads"), impressions, creatives)
+    if creatives is not None:
+        rows = creatives.sort_values("creative_id", ignore_index=True).assign(created=lambda frame: frame["event_timestamp"])
+        write_parquet(source_path(home, "ad_creatives"), pa.Table.from_pandas(rows, schema=SOURCES["ad_creatives"], preserve_index=False).replace_schema_metadata(None))
     write_parquet(source_path(home, "ad_catalog"), catalogue)
     newest = max(microseconds(frame["event_timestamp"]).max(initial=0) for frame in (requests, profiles))
     return np.unique(users), len(ends), len(catalogue), int(max(newest, events["time_us"].max() if len(events) else 0))

@@ -25,18 +25,22 @@ from pydantic.dataclasses import dataclass
 from features.build import DAY_US, microseconds, rows_before
 from features.encoding import Vocabulary, encode_ads, encode_requests
 from features.store import histories_as_of, open_store, profiles_as_of, read_snapshot
-from marketplace.logs import data_hash, read_table
+from marketplace.creatives import best_creatives
+from marketplace.logs import data_hash, has_table, read_table
 from marketplace.schema import (
     ACTION_PURCHASE,
     ACTION_VISIT,
     AD_FIELDS,
     BEHAVIOUR_FIELDS,
     CONTEXT_FIELDS,
+    ORGANIC,
+    PAGE_ARRAYS,
     SAMPLE_ARRAYS,
     TEST,
     TRAIN,
     USER_FIELDS,
     VALIDATION,
+    SampleArray,
     geo_cell,
 )
 
@@ -313,27 +317,35 @@ class _Chosen:
     purchase: np.ndarray
 
 
+def _rest_of_session(requests: pd.DataFrame, behaviours: pd.DataFrame) -> tuple[np.ndarray, pd.DataFrame]:
+    """Behaviours of the same user and session at or after each request: (request row of every one, the behaviours), by request, then time."""
+    behaviours = behaviours[behaviours["session_id"] != 0]
+    behaviours = behaviours.assign(time_us=microseconds(behaviours["event_timestamp"])).sort_values(["session_id", "time_us", "behaviour_id"], kind="stable")
+    session, when = behaviours["session_id"].to_numpy(), behaviours["time_us"].to_numpy()
+    if not len(session):
+        return np.empty(0, np.int64), behaviours
+    asked = requests["session_id"].to_numpy()
+    start = rows_before(session, when, asked, microseconds(requests["event_timestamp"]))
+    count = np.where(asked != 0, np.clip(np.searchsorted(session, asked, side="right") - start, 0, _SESSION_LIMIT), 0)
+    request, event = _spread(start, count)
+    same = behaviours["user_id"].to_numpy()[event] == requests["user_id"].to_numpy()[request]
+    return request[same], behaviours.iloc[event[same]]
+
+
 def _chosen_elsewhere(requests: pd.DataFrame, day: np.ndarray, behaviours: pd.DataFrame, ads: _Ads, shown_request: np.ndarray, shown_ad: np.ndarray) -> _Chosen:
     """Behaviours of the same user and session at or after the request, at the place of an ad that is active that day in the request's city.
 
     A click or purchase at a place whose ad this very page showed is the page's own and does not count; a visit does.
     """
-    behaviours = behaviours[(behaviours["session_id"] != 0) & behaviours["poi_id"].isin(ads.table["poi_id"])]
-    behaviours = behaviours.assign(time_us=microseconds(behaviours["event_timestamp"])).sort_values(["session_id", "time_us", "behaviour_id"], kind="stable")
-    session, when = behaviours["session_id"].to_numpy(), behaviours["time_us"].to_numpy()
-    if not len(session):
+    request, events = _rest_of_session(requests, behaviours[behaviours["poi_id"].isin(ads.table["poi_id"])])
+    if not len(request):
         nothing = np.empty(0, np.int64)
         return _Chosen(nothing, nothing, nothing)
-    asked = requests["session_id"].to_numpy()
-    start = rows_before(session, when, asked, microseconds(requests["event_timestamp"]))
-    count = np.where(asked != 0, np.clip(np.searchsorted(session, asked, side="right") - start, 0, _SESSION_LIMIT), 0)
-    request, event = _spread(start, count)
-    action, poi = behaviours["action"].to_numpy()[event], behaviours["poi_id"].to_numpy()[event]
-    same = behaviours["user_id"].to_numpy()[event] == requests["user_id"].to_numpy()[request]
+    action, poi = events["action"].to_numpy(), events["poi_id"].to_numpy()
     poi_ids, ad_poi = np.unique(ads.table["poi_id"].to_numpy(), return_inverse=True)
     poi = np.searchsorted(poi_ids, poi)
     own = np.isin(request * len(poi_ids) + poi, shown_request * len(poi_ids) + ad_poi[shown_ad])
-    keep = same & ~(own & (action != ACTION_VISIT))
+    keep = ~(own & (action != ACTION_VISIT))
     request, poi, purchase = request[keep], poi[keep], (action == ACTION_PURCHASE)[keep]
 
     by_poi = np.argsort(ad_poi, kind="stable")
@@ -374,7 +386,7 @@ def _padded(request: np.ndarray, values: np.ndarray, rows: int, width: int, fill
 class _Folder:
     """A sample folder in the making: arrays in `.part`, moved into place when complete."""
 
-    def __init__(self, out: Path, sizes: dict[str, int]) -> None:
+    def __init__(self, out: Path, sizes: dict[str, int], wanted: tuple[SampleArray, ...]) -> None:
         self.out, self.part = Path(out), Path(out).with_name(f".{Path(out).name}.part")
         shutil.rmtree(self.part, ignore_errors=True)
         self.part.mkdir(parents=True)
@@ -382,7 +394,7 @@ class _Folder:
             array.name: np.lib.format.open_memmap(
                 self.part / f"{array.name}.npy", "w+", np.dtype(array.dtype), tuple(int(letter) if letter.isdigit() else sizes[letter] for letter in array.shape.split())
             )
-            for array in SAMPLE_ARRAYS
+            for array in wanted
         }
 
     def __setitem__(self, name: str, values: np.ndarray) -> None:
@@ -480,7 +492,9 @@ def _write_exposed(folder: _Folder, impressions: pd.DataFrame, request: np.ndarr
     return exposed
 
 
-def _write_features(folder: _Folder, home: Path, vocabulary: Vocabulary, requests: pd.DataFrame, behaviours: int, say: Callable[[str], None]) -> None:
+def _write_features(
+    folder: _Folder, home: Path, vocabulary: Vocabulary, requests: pd.DataFrame, behaviours: int, pages: _Pages | None, say: Callable[[str], None]
+) -> None:
     """Point-in-time features of every request, from the feature store, encoded in chunks."""
     store = open_store(home)
     users, times = requests["user_id"].to_numpy(), microseconds(requests["event_timestamp"])
@@ -495,6 +509,103 @@ def _write_features(folder: _Folder, home: Path, vocabulary: Vocabulary, request
         encoded = encode_requests(vocabulary, profiles.take(part), histories.take(part), place[0][part], place[1][part], times[part], offset[part])
         for name, values in encoded.items():
             folder.arrays[name][part] = values
+        if pages is not None:
+            seen = histories.take(part).before(times[part])
+            real = np.arange(seen.poi_id.shape[1]) < seen.count[:, None]
+            folder.arrays["behaviour_place"][part] = np.where(real, _index(pages.place_ids, seen.poi_id), -1)
+            folder.arrays["behaviour_creative"][part] = np.where(real & (seen.creative_id > 0), pages.creative_rows(seen.creative_id), -1)
+
+
+@dataclass(frozen=True, config=ConfigDict(arbitrary_types_allowed=True))
+class _Pages:
+    """Creatives and organic results of the logs, and every place that is seen anywhere."""
+
+    places: pd.DataFrame
+    """poi_id (ascending), category_id, latitude, longitude."""
+    creatives: pd.DataFrame
+    """creative_id, ad_id, embedding; ordered by ad, then id; of ads that are in the catalogue."""
+    organic: pd.DataFrame
+
+    @property
+    def place_ids(self) -> np.ndarray:
+        return self.places["poi_id"].to_numpy()
+
+    def creative_rows(self, ids: np.ndarray) -> np.ndarray:
+        """Rows of creative ids of any shape; -1 for unknown ones."""
+        known = self.creatives["creative_id"].to_numpy()
+        order = np.argsort(known)
+        at = _index(known[order], ids)
+        return np.where(at >= 0, order[at], -1)
+
+
+def _index(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Positions in sorted `known`; -1 for what is not there."""
+    if not len(known):
+        return np.full(np.shape(wanted), -1, np.int64)
+    at = np.searchsorted(known, wanted).clip(max=len(known) - 1)
+    return np.where(known[at] == wanted, at, -1)
+
+
+def _read_pages(logs: Path, ads: _Ads, behaviours: pd.DataFrame) -> _Pages | None:
+    """None where the logs hold no creatives."""
+    if not has_table(logs, "creatives"):
+        return None
+    creatives = read_table(logs, "creatives")
+    creatives = creatives[creatives["ad_id"].isin(ads.ids)].sort_values(["ad_id", "creative_id"], ignore_index=True)
+    organic = read_table(logs, "organic") if has_table(logs, "organic") else pd.DataFrame({name: [] for name in ORGANIC.names})
+    columns = ["poi_id", "category_id", "latitude", "longitude"]
+    places = pd.concat([ads.table[columns], organic[columns], behaviours[columns]]).drop_duplicates("poi_id").sort_values("poi_id", ignore_index=True)
+    return _Pages(places.astype({"poi_id": np.int64}), creatives, organic)
+
+
+def _write_pages(
+    folder: _Folder, pages: _Pages, ads: _Ads, requests: pd.DataFrame, impressions: pd.DataFrame, request: np.ndarray, behaviours: pd.DataFrame, calendar: list[date]
+) -> None:
+    """PAGE_ARRAYS but for the behaviours of histories."""
+    folder["place_id"], folder["place_category"] = pages.place_ids, pages.places["category_id"].to_numpy()
+    folder["place_position"] = pages.places[["latitude", "longitude"]].to_numpy()
+    folder["ad_place_row"] = _index(pages.place_ids, ads.table["poi_id"].to_numpy())
+    creative_ad = np.searchsorted(ads.ids, pages.creatives["ad_id"].to_numpy())
+    folder["creative_id"], folder["creative_ad"] = pages.creatives["creative_id"].to_numpy(), creative_ad
+    folder["creative_embedding"] = np.stack(pages.creatives["embedding"].to_list())
+    folder["shown_creative"] = best_creatives(*_creative_counts(pages, impressions, calendar), creative_ad, len(ads.table))
+    rows, slots = folder.arrays["exposed_creative"].shape
+    slot = impressions["slot"].to_numpy() - 1
+    shown = np.full((rows, slots), -1, np.int32)
+    shown[request, slot] = pages.creative_rows(impressions["creative_id"].to_numpy())
+    folder["exposed_creative"] = shown
+    folder.arrays["creative_click"][request, slot] = impressions["creative_click"].to_numpy()
+
+    items = folder.arrays["organic_place"].shape[1]
+    folder.arrays["organic_place"][...] = -1
+    if items:
+        at, rank = _index_of_requests(requests, pages.organic["request_id"].to_numpy()), pages.organic["rank"].to_numpy() - 1
+        folder.arrays["organic_place"][at, rank] = _index(pages.place_ids, pages.organic["poi_id"].to_numpy())
+        folder.arrays["organic_click"][at, rank] = pages.organic["click"].to_numpy()
+        free = np.ones((rows, slots + items), bool)
+        free[at, np.minimum(pages.organic["position"].to_numpy() - 1, slots + items - 1)] = False
+        place = np.argsort(~free, axis=1, kind="stable")[:, :slots]  # the free places, top first
+        folder["above"] = np.minimum(np.maximum(place - np.arange(slots), 0), items)
+    visits = behaviours[behaviours["action"] == ACTION_VISIT]
+    asked, events = _rest_of_session(requests, visits)
+    folder["next_place"] = _padded(asked, _index(pages.place_ids, events["poi_id"].to_numpy()), rows, folder.arrays["next_place"].shape[1], -1, "int32")
+
+
+def _index_of_requests(requests: pd.DataFrame, ids: np.ndarray) -> np.ndarray:
+    by_id = np.argsort(requests["request_id"].to_numpy())
+    return by_id[_row_of(requests["request_id"].to_numpy()[by_id], ids, "request")]
+
+
+def _creative_counts(pages: _Pages, impressions: pd.DataFrame, calendar: list[date]) -> tuple[np.ndarray, np.ndarray]:
+    """Impressions and clicks of every creative before each day, [T, G] each."""
+    day = np.searchsorted(np.array(calendar, "datetime64[D]"), microseconds(impressions["event_timestamp"]).astype("datetime64[us]").astype("datetime64[D]"))
+    row, click = pages.creative_rows(impressions["creative_id"].to_numpy()), impressions["click"].to_numpy()
+    counts = np.zeros((2, len(calendar) + 1, len(pages.creatives)))
+    known = row >= 0
+    np.add.at(counts[0], (day[known] + 1, row[known]), 1)
+    np.add.at(counts[1], (day[known] + 1, row[known]), click[known])
+    shown, clicks = counts.cumsum(axis=1)[:, :-1]
+    return shown, clicks
 
 
 def sample_requests(logs: Path, home: Path, out: Path, config: SamplingConfig, seed: int, progress: Callable[[str], None] | None = None) -> SampleInfo:
@@ -523,17 +634,21 @@ def sample_requests(logs: Path, home: Path, out: Path, config: SamplingConfig, s
     vocabulary = _learn_vocabulary(logs, training_ads, behaviours, requests, until)
 
     say("labelling")
-    by_id = np.argsort(requests["request_id"].to_numpy())
-    shown_request = by_id[_row_of(requests["request_id"].to_numpy()[by_id], impressions["request_id"].to_numpy(), "request")]
+    shown_request = _index_of_requests(requests, impressions["request_id"].to_numpy())
     shown_ad = _row_of(ads.ids, impressions["ad_id"].to_numpy(), "ad")
     slots = int(impressions["slot"].max()) if len(impressions) else int(requests["slots"].max())
     chosen = _chosen_elsewhere(requests, day, behaviours, ads, shown_request, shown_ad)
     sizes = {"A": len(ads.table), "T": len(days), "R": len(requests), "K": slots, "M": slots + config.unexposed, "L": int(snapshot["behaviours"]), "P": config.targets}
     sizes |= {"F_ad": len(AD_FIELDS), "F_user": len(USER_FIELDS), "F_context": len(CONTEXT_FIELDS), "F_behaviour": len(BEHAVIOUR_FIELDS)}
-    folder = _Folder(out, sizes)
+    pages = _read_pages(logs, ads, behaviours)
+    if pages is not None:
+        sizes |= {"Q": len(pages.places), "G": len(pages.creatives), "E": len(pages.creatives["embedding"].iloc[0]), "O": int(pages.organic["rank"].max()) if len(pages.organic) else 0}
+    folder = _Folder(out, sizes, SAMPLE_ARRAYS if pages is None else (*SAMPLE_ARRAYS, *PAGE_ARRAYS))
     _write_tables(folder, ads, vocabulary, requests, day, split)
     exposed = _write_exposed(folder, impressions, shown_request, shown_ad, slots)
     folder["target"] = _padded(chosen.request, chosen.ad, len(requests), config.targets, -1, "int32")
+    if pages is not None:
+        _write_pages(folder, pages, ads, requests, impressions, shown_request, behaviours, calendar)
 
     say("drawing candidates")
     visits = behaviours.loc[behaviours["event_timestamp"] < pd.Timestamp(until, tz="UTC"), "poi_id"].value_counts()
@@ -551,7 +666,7 @@ def sample_requests(logs: Path, home: Path, out: Path, config: SamplingConfig, s
             folder.arrays["click"][rows, slots:] = label
             folder.arrays["purchase"][rows, slots:] = label & (chosen.purchase[position] == 1)
             unexposed_positives += int(label.sum())
-    _write_features(folder, home, vocabulary, requests, sizes["L"], say)
+    _write_features(folder, home, vocabulary, requests, sizes["L"], pages, say)
     counts = {name: int((split[day] == value).sum()) for name, value in (("train", TRAIN), ("validation", VALIDATION), ("test", TEST))}
     info = SampleInfo(
         format_version=SAMPLES_VERSION, days=[when.isoformat() for when in calendar], train_days=int((split == TRAIN).sum()),

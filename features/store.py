@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from features.encoding import HISTORY_ARRAYS, PROFILE_COLUMNS, Histories, Profiles
 from marketplace.logs import with_defaults, write_bytes, write_parquet
-from marketplace.schema import ADS, BEHAVIOURS, TIMESTAMP, USERS
+from marketplace.schema import ADS, BEHAVIOURS, CREATIVES, IMPRESSIONS, TIMESTAMP, USERS
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -36,7 +36,7 @@ REDIS_VARIABLE = "EGA_REDIS"
 """Environment variable that moves the online rows to Redis: 'host:port[,db=N][,password=...][,ssl=true]', one database a home."""
 PUSH_SOURCE = "user_behaviors_push"
 RANKING_SERVICE = "ega_v1_ranking"
-VIEWS = ("user_profile", "user_behaviors", "ad_catalog", "ad_embeddings")
+VIEWS = ("user_profile", "user_behaviors", "ad_catalog", "ad_creatives", "ad_embeddings")
 SNAPSHOT = "snapshot.json"
 EMBEDDING_VERSIONS_KEPT = 3
 """Model versions whose ad embeddings stay in the offline view."""
@@ -50,7 +50,10 @@ SOURCES: dict[str, pa.Schema] = {
         [USERS["event_timestamp"].field(), USERS["user_id"].field(), _CREATED, pa.field("behaviour_count", pa.int64(), nullable=False)]
         + [pa.field(name, dtype, nullable=False) for name, dtype in _LISTS.items()]
     ),
-    "ad_catalog": ADS.arrow.append(pa.field("impressions", pa.int64(), nullable=False)).append(pa.field("clicks", pa.int64(), nullable=False)).append(_CREATED),
+    "ad_catalog": pa.schema(
+        [*ADS.arrow, *(pa.field(name, pa.int64(), nullable=False) for name in ("impressions", "clicks")), IMPRESSIONS["creative_id"].field().with_name("shown_creative_id"), _CREATED]
+    ),
+    "ad_creatives": CREATIVES.arrow.append(_CREATED),
     "ad_embeddings": pa.schema(
         [ADS["event_timestamp"].field(), ADS["ad_id"].field(), _CREATED, pa.field("embedding", pa.list_(pa.float32())), pa.field("model_version", pa.string())]
     ),
@@ -312,8 +315,17 @@ def load_catalogue(home: Path) -> pd.DataFrame:
     """The current ads, by ad_id: the newest day of the `ad_catalog` view with impressions and clicks counted up to its start."""
     table = _read_source(home, "ad_catalog", "build the features first")
     frame = table.to_pandas()
+    if "shown_creative_id" not in frame:
+        raise ValueError(f"{source_path(home, 'ad_catalog')} was written by an earlier release (no column shown_creative_id); build the features again (`ega run`)")
     current = frame[frame["event_timestamp"] == frame["event_timestamp"].max()]
     return current.drop(columns="created").sort_values("ad_id", ignore_index=True)
+
+
+def load_creatives(home: Path) -> pd.DataFrame | None:
+    """All creatives by creative_id, as the view `ad_creatives` has them; None where every ad has the one of the catalogue."""
+    if not source_path(home, "ad_creatives").exists():
+        return None
+    return _read_source(home, "ad_creatives", "build the features first").to_pandas().drop(columns="created").sort_values("creative_id", ignore_index=True)
 
 
 def publish_ad_embeddings(home: Path, ad_ids: np.ndarray, matrix: np.ndarray, model_version: str, when: datetime) -> Path:

@@ -17,6 +17,9 @@ from pydantic.dataclasses import dataclass
 _OF_GROUP, _OF_CATEGORY, _OF_VECTOR = 0.4, 0.4, 0.7
 """Shares of variance: of a visual taste that age and gender explain, of an embedding that the category does, of general appeal that shows in the vector."""
 
+PRIOR_IMPRESSIONS = 50.0
+"""Weight of an ad's own click rate in the smoothed click rates of its creatives, in impressions."""
+
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
 class CreativeConfig:
@@ -34,7 +37,7 @@ class CreativeConfig:
     """Probability that a user who reads an ad opens its creative, where taste and appeal are average."""
     exploration: float = 0.3
     """Probability that the logging policy shows any of the ad's creatives instead of the one with the best smoothed click rate."""
-    prior_impressions: float = 50.0
+    prior_impressions: float = PRIOR_IMPRESSIONS
     """Weight of the ad's own click rate in that smoothing, in impressions."""
 
     @model_validator(mode="after")
@@ -71,12 +74,19 @@ def draw_creatives(config: CreativeConfig, ads: pd.DataFrame, users: pd.DataFram
     return Creatives(embedding.astype(np.float32), config.appeal * appeal, taste.astype(np.float32))
 
 
-def best_creatives(impressions: np.ndarray, clicks: np.ndarray, per_ad: int, prior_impressions: float) -> np.ndarray:
-    """Which creative of each ad (0 .. per_ad - 1) a selector of its own would show: [A], by click rate shrunk to the ad's; of equal ones the first.
+def best_creatives(shown: np.ndarray, clicks: np.ndarray, owner: np.ndarray, ads: int, prior_impressions: float = PRIOR_IMPRESSIONS) -> np.ndarray:
+    """What a selector of its own would show of every ad: row of the creative [D, A], -1 where the ad has none; of equal ones the first.
 
-    Args: impressions, clicks [A * per_ad], counts so far.
+    It looks at one creative by itself, as cascades do: the click rate, shrunk to the ad's own by `prior_impressions`.
+    Args: shown, clicks [D, M], counts so far; owner [M], the ad (0 .. A - 1) of each creative.
     """
-    shown, clicked = (np.asarray(count, np.float64).reshape(-1, per_ad) for count in (impressions, clicks))
-    rate = clicked.sum(1, keepdims=True) / np.maximum(shown.sum(1, keepdims=True), 1.0)
-    found: np.ndarray = ((clicked + prior_impressions * rate) / (shown + prior_impressions)).argmax(axis=1)
-    return found
+    of_ad = np.zeros((2, len(shown), ads))
+    for total, count in zip(of_ad, (shown, clicks), strict=True):
+        np.add.at(total, (slice(None), owner), count)
+    own_rate = of_ad[1] / np.maximum(of_ad[0], 1.0)
+    rate = (clicks + prior_impressions * own_rate[:, owner]) / (shown + prior_impressions)
+    best = np.full((len(shown), ads), -1, np.int64)
+    worst_first = np.lexsort((-np.arange(len(owner)) + np.zeros_like(rate), rate))
+    for row, creatives in zip(best, worst_first, strict=True):
+        row[owner[creatives]] = creatives  # better ones come later and write over worse
+    return best

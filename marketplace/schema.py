@@ -309,7 +309,8 @@ TRAIN, VALIDATION, TEST = 0, 1, 2
 @dataclass(frozen=True)
 class SampleArray:
     """One memory-mapped `<name>.npy` of a sample folder. Shape letters: A ads, R requests, T days, K slots,
-    M = K + N_s candidates, L behaviours, P targets, and F_* the number of fields above."""
+    M = K + N_s candidates, L behaviours, P targets, Q places, G creatives, E width of an embedding, O organic items, and F_* the
+    number of fields above."""
 
     name: str
     dtype: str
@@ -344,3 +345,23 @@ SAMPLE_ARRAYS = (
     SampleArray("propensity", "float32", "R K", "logging propensity; NaN padding"),
     SampleArray("target", "int32", "R P", "ad rows the user clicked or visited elsewhere in the session after the request; -1 padding"),
 )
+
+PAGE_ARRAYS = (
+    SampleArray("place_id", "int64", "Q", "raw id of every place seen: of ads, behaviours and organic items"),
+    SampleArray("place_category", "int32", "Q", "category code"),
+    SampleArray("place_position", "float64", "Q 2", "latitude, longitude"),
+    SampleArray("ad_place_row", "int32", "A", "row of the place that the ad promotes"),
+    SampleArray("creative_id", "int64", "G", "raw id, ordered by ad row, then id"),
+    SampleArray("creative_ad", "int32", "G", "row of its ad"),
+    SampleArray("creative_embedding", "float32", "G E", "image and text"),
+    SampleArray("shown_creative", "int32", "T A", "row of the creative that a selector of its own would show that day; -1 none"),
+    SampleArray("exposed_creative", "int32", "R K", "row of the creative shown; -1 padding"),
+    SampleArray("creative_click", "int8", "R K", "label: the creative was opened"),
+    SampleArray("above", "int8", "R K", "organic items above each exposed ad; those of a page without organic items are 0"),
+    SampleArray("organic_place", "int32", "R O", "row of the place of each organic item in their order; -1 padding"),
+    SampleArray("organic_click", "int8", "R O", "label: click"),
+    SampleArray("behaviour_place", "int32", "R L", "row of the place of each behaviour, newest first; -1 padding"),
+    SampleArray("behaviour_creative", "int32", "R L", "row of the creative that led there; -1 none"),
+    SampleArray("next_place", "int32", "R P", "rows of the places that the user went to in the rest of the session, in time order; -1 padding"),
+)
+"""Written beside SAMPLE_ARRAYS where the logs hold creatives; what `model.kind: ega_v2` reads. All zero-wide where there are no organic items."""

@@ -527,10 +527,12 @@ class World:
         creatives = np.where(ads >= 0, self._ad["first_creative"][ads], -1)
         config = self.config.creatives
         if config.per_ad > 1:
-            best = best_creatives(*(np.zeros((2, len(self._ad["ad_id"]) * config.per_ad)) if counts is None else counts), config.per_ad, config.prior_impressions)
+            total = len(self._ad["ad_id"]) * config.per_ad
+            shown, clicks = np.zeros((2, 1, total)) if counts is None else counts[:, None]
+            best = best_creatives(shown, clicks, np.arange(total) // config.per_ad, len(self._ad["ad_id"]), config.prior_impressions)[0]
             explore = keyed.keyed_uniform(self.seed, keyed.CREATIVE_EXPLORE, request, self._ad["ad_id"][ads]) < config.exploration
             any_of = (keyed.keyed_uniform(self.seed, keyed.CREATIVE_WHICH, request, self._ad["ad_id"][ads]) * config.per_ad).astype(np.int64)
-            creatives = np.where(ads >= 0, creatives + np.where(explore, any_of, best[ads]), -1)
+            creatives = np.where(ads >= 0, np.where(explore, creatives + any_of, best[ads]), -1)
         items = self.config.organic.items
         above = organic.alternating(*ads.shape, items)
         if items:

@@ -27,6 +27,7 @@ class CityAds:
     city_id: int
     ad_id: np.ndarray
     creative_id: np.ndarray
+    """What is shown of an ad by a model that chooses no creative."""
     poi_id: np.ndarray
     category_id: np.ndarray
     latitude: np.ndarray
@@ -55,7 +56,7 @@ class CityAds:
 
 
 def split_by_city(catalogue: pd.DataFrame) -> dict[int, CityAds]:
-    """Snapshots by city_id. `catalogue`: one row an active ad, with the ADS columns plus `impressions` and `clicks`.
+    """Snapshots by city_id. `catalogue`: one row an active ad, with the ADS columns plus `impressions`, `clicks` and `shown_creative_id`.
 
     Raises ValueError where an ad is named twice or a bid or reserve is not a finite price.
     """
@@ -72,8 +73,9 @@ def split_by_city(catalogue: pd.DataFrame) -> dict[int, CityAds]:
 
 
 def _snapshot(city: int, frame: pd.DataFrame) -> CityAds:
-    columns = {name: frame[name].to_numpy(np.int64) for name in _INTEGERS} | {name: frame[name].to_numpy(np.float64) for name in _REALS}
-    read = [columns[name] for name in ("ad_id", "latitude", "longitude")] + [frame[name].to_numpy() for name in sorted(frame.columns) if name.endswith("_id") or name == "price_band"]
+    columns = {name: frame[name].to_numpy(np.int64) for name in _INTEGERS} | {"creative_id": frame["shown_creative_id"].to_numpy(np.int64)} | {name: frame[name].to_numpy(np.float64) for name in _REALS}
+    names = [name for name in sorted(frame.columns) if (name.endswith("_id") and name != "shown_creative_id") or name == "price_band"]
+    read = [columns[name] for name in ("ad_id", "latitude", "longitude")] + [frame[name].to_numpy() for name in names]
     version, members = _digest(columns[name] for name in _REALS + _INTEGERS), _digest(read)
     for column in columns.values():
         column.setflags(write=False)

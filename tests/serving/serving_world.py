@@ -27,6 +27,7 @@ def catalogue(ads: int = 60, seed: int = 1) -> pd.DataFrame:
         "event_timestamp": pd.Timestamp("2026-05-31", tz="UTC"),
         "ad_id": np.arange(1000, 1000 + ads),
         "creative_id": np.arange(5000, 5000 + ads),
+        "shown_creative_id": np.arange(5000, 5000 + ads),
         "poi_id": np.arange(100, 100 + ads),
         "advertiser_id": np.arange(ads) // 3,
         "city_id": city.astype(np.int32),

@@ -105,7 +105,7 @@ def test_features_move_the_page_of_a_known_user(tmp_path: Path) -> None:
     from features.store import UserFeatures
 
     count = np.array([1])
-    arrays = {"behaviour_id": 1, "poi_id": 110, "category_id": 2, "action": 1, "latitude": 40.0, "longitude": -74.0, "time_us": 1_780_000_000_000_000}
+    arrays = {"behaviour_id": 1, "poi_id": 110, "category_id": 2, "action": 1, "latitude": 40.0, "longitude": -74.0, "creative_id": 0, "time_us": 1_780_000_000_000_000}
     rows = {name: np.array([[value] + [0] * 15]) for name, value in arrays.items()}
     profile = Profiles(np.array([True]), np.array([3]), np.array([1]), np.array([40.0]), np.array([-74.0]))
     known = model_ranking(tmp_path, lambda user: UserFeatures(profile, Histories(count, **rows), rows["time_us"][:, 0]) if user == 7 else None)

@@ -164,7 +164,7 @@ def test_drawn_layouts_are_uniform() -> None:
 
 
 def test_the_selector_shrinks_to_the_ads_own_rate() -> None:
-    shown = np.array([1000, 1000, 2, 0, 0, 0])
-    clicks = np.array([50, 80, 2, 0, 0, 0])
-    assert best_creatives(shown, clicks, 3, 500.0).tolist() == [1, 0]
-    assert best_creatives(shown, clicks, 3, 0.01).tolist() == [2, 0]
+    shown, clicks = np.array([[1000, 1000, 2, 0, 0, 0]]), np.array([[50, 80, 2, 0, 0, 0]])
+    owner = np.array([0, 0, 0, 1, 1, 1])
+    assert best_creatives(shown, clicks, owner, 3, 500.0).tolist() == [[1, 3, -1]]
+    assert best_creatives(shown, clicks, owner, 3, 0.01).tolist() == [[2, 3, -1]]
