@@ -67,6 +67,7 @@ class Market:
     creative_codes: int
     layers: int = 2
     parts: int = 2
+    most_ads: int | None = None
 
     def catalogue(self) -> Catalogue:
         return Catalogue(
@@ -78,6 +79,7 @@ class Market:
         return Offers(
             torch.tensor([self.bid], dtype=torch.float64), torch.tensor([self.active], dtype=torch.bool), torch.tensor([self.value], dtype=torch.float64),
             torch.tensor([self.organic]).long().view(1, -1, self.layers), torch.tensor([self.organic_creative]).long().view(1, -1, self.parts),
+            self.most_ads,
         )  # fmt: skip
 
     def with_bid(self, ad: int, bid: float) -> Market:
@@ -124,7 +126,8 @@ def all_pages(market: Market, slots: int, alpha: float, beta: float, seed: int, 
     page = Page(state=seed) if page is None else page
     used = {index for kind, index, _, _ in page.slots if kind == "ad"}
     shown = sum(kind == "organic" for kind, *_ in page.slots)
-    left = [ad for ad in range(len(market.poi)) if market.active[ad] and ad not in used]
+    most = slots if market.most_ads is None else market.most_ads
+    left = [ad for ad in range(len(market.poi)) if market.active[ad] and ad not in used and len(used) < most]
     following = market.organic[shown] if shown < len(market.organic) else None
     if len(page.slots) == slots or (not left and following is None):
         yield page

@@ -19,9 +19,9 @@ class ItemFeatures:
     """What the reward model reads of items beside their codes; no money among it."""
 
     poi: Tensor
-    """[N, F] by ad."""
+    """[B, N, F] by ad."""
     creative: Tensor
-    """[M, F] by creative."""
+    """[B, M, F] by creative."""
     organic: Tensor
     """[B, O, F]"""
     organic_creative: Tensor
@@ -75,8 +75,8 @@ def _items(pages: Pages, features: ItemFeatures, request: int) -> PageItems:
     ad, creative, organic = pages.ad[0], pages.creative[0], pages.organic[0]
     return PageItems(
         poi=pages.poi_codes[0], creative=pages.creative_codes[0], organic=organic >= 0,
-        poi_features=rows(features.poi, ad, features.organic[request], organic),
-        creative_features=rows(features.creative, creative, features.organic_creative[request], organic),
+        poi_features=rows(features.poi[request], ad, features.organic[request], organic),
+        creative_features=rows(features.creative[request], creative, features.organic_creative[request], organic),
     )  # fmt: skip
 
 

@@ -105,10 +105,12 @@ class Offers:
     """[B, O, C] POI codes of the organic items in their order; -1 behind the last."""
     organic_creative: Tensor
     """[B, O, E] codes of their creatives; -1: it has none."""
+    most_ads: int | None = None
+    """Most ads on a page; None: as many as it has slots."""
 
     def rows(self, part: slice) -> Offers:
         """Some of the requests."""
-        return Offers(self.bid[part], self.active[part], self.value[part], self.organic[part], self.organic_creative[part])
+        return Offers(self.bid[part], self.active[part], self.value[part], self.organic[part], self.organic_creative[part], self.most_ads)
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,8 @@ def _check(catalogue: Catalogue, offers: Offers, slots: int) -> None:
     batch, ads = len(offers.bid), catalogue.poi.items
     if slots < 1 or batch < 1:
         raise SearchError(f"a search needs requests and slots, got {batch} and {slots}")
+    if offers.most_ads is not None and offers.most_ads < 0:
+        raise SearchError(f"most_ads must not be negative, got {offers.most_ads}")
     for name in ("bid", "active", "value"):
         if (shape := tuple(getattr(offers, name).shape)) != (batch, ads):
             raise SearchError(f"{name} must have shape {(batch, ads)} [requests, ads], got {shape}")
@@ -212,7 +216,8 @@ class _Search:
         self.without_bid = torch.tensor(math.log(0.0**config.alpha + config.beta), dtype=torch.float64)
         """log w of what bids 0."""
         self.organics = (offers.organic >= 0).all(-1).sum(1)
-        self.length = torch.clamp(torch.isfinite(self.bid).sum(1) + self.organics, max=slots)
+        self.most_ads = slots if offers.most_ads is None else offers.most_ads
+        self.length = torch.clamp(torch.isfinite(self.bid).sum(1).clamp(max=self.most_ads) + self.organics, max=slots)
         """[B] slots that can be filled: every page fills as many, as nothing else limits it."""
         sizes = {
             "position": slots, "organic": slots, "creative": slots, "poi_codes": slots * self.poi.depth, "creative_codes": slots * (self.creative.depth - 1),
@@ -308,6 +313,11 @@ class _Search:
         shared, column = organic & (child < trie.null), child - first
         override(log_weight, column, shared, self._log_weight_with_organic(log_weight, column, shared, child, above))
         log_weight[:, -1:] = torch.where(organic & ~shared, self.without_bid, -torch.inf)
+        if (full := self._full()) is not None:  # nothing but the organic item is left of such a page's choices
+            alone = torch.full_like(log_weight, -torch.inf)
+            alone[:, -1:] = log_weight[:, -1:]
+            override(alone, column, shared, self.without_bid.expand_as(column))
+            log_weight = torch.where(full, alone, log_weight)
         found.code[:, -1:] = code
         return found.code, found.node, log_weight
 
@@ -328,6 +338,10 @@ class _Search:
             total, count = total - (taken * bid.unsqueeze(1)).sum(-1), count - taken.sum(-1)
         return total, count
 
+    def _full(self) -> Tensor | None:
+        """[B * R, 1] beams with as many ads as a page may hold; None: there can be no such beam."""
+        return None if self.most_ads >= self.slots else (self._column("position") >= 0).sum(1, keepdim=True) >= self.most_ads
+
     def _next_organic(self) -> Tensor:
         """POI codes of each beam's next organic item, [B * R, C]; of some other where none is left."""
         shown, codes = self._column("shown").squeeze(1), self.offers.organic
@@ -343,6 +357,8 @@ class _Search:
             below, real = trie.items_below(node)
             used = self._column("position")[:, :slot]
             real = real & torch.isfinite(self._at(self.bid, below)) & (below.unsqueeze(-1) != used.unsqueeze(1)).all(-1)
+            if (full := self._full()) is not None:
+                real = real & ~full
             values = torch.where(real, self._at(self.value, below), -torch.inf)
             at = values.argmax(-1, keepdim=True)  # the first of equal ones: the items of a leaf lie in the order of their keys
             worth, position = torch.gather(values, 1, at).squeeze(1), torch.gather(below, 1, at).squeeze(1)

@@ -92,9 +92,9 @@ def test_trie_is_a_dictionary_of_prefixes(seed: int, items: int, depth: int, wid
 
 
 @LAW
-@given(seeds, st.sampled_from([5, 4, 1, 0]), st.integers(0, 2), st.sampled_from([3, 2, 1]), st.sampled_from([(1.2, 2.0), (3.0, 0.01), (0.0, 1.0)]), st.sampled_from(["max", "mean"]))
-def test_a_wide_beam_finds_every_page_with_its_chance(seed: int, ads: int, organics: int, slots: int, weights: tuple[float, float], of_prefix: str) -> None:
-    market = random_market(seed, ads, organics)
+@given(seeds, st.sampled_from([5, 4, 1, 0]), st.integers(0, 2), st.sampled_from([3, 2, 1]), st.sampled_from([(1.2, 2.0), (3.0, 0.01), (0.0, 1.0)]), st.sampled_from(["max", "mean"]), st.sampled_from([None, 2, 1, 0]))
+def test_a_wide_beam_finds_every_page_with_its_chance(seed: int, ads: int, organics: int, slots: int, weights: tuple[float, float], of_prefix: str, most_ads: int | None) -> None:
+    market = replace(random_market(seed, ads, organics), most_ads=most_ads)
     if not ads + organics:
         return
     alpha, beta = weights

@@ -17,7 +17,7 @@ REQUESTS, ADS, ORGANICS, SLOTS, CONFIG = 3, 9, 2, 3, SearchConfig(beams=7)
 
 def features(seed: int = 0, ads: int = ADS) -> ItemFeatures:
     generator = torch.Generator().manual_seed(seed)
-    shapes = ((ads, SIZES.poi_features), (2 * ads, SIZES.creative_features), (REQUESTS, ORGANICS, SIZES.poi_features), (REQUESTS, ORGANICS, SIZES.creative_features))
+    shapes = ((REQUESTS, ads, SIZES.poi_features), (REQUESTS, 2 * ads, SIZES.creative_features), (REQUESTS, ORGANICS, SIZES.poi_features), (REQUESTS, ORGANICS, SIZES.creative_features))
     return ItemFeatures(*(torch.randn(shape, generator=generator) for shape in shapes))
 
 
@@ -30,8 +30,8 @@ def test_the_most_valuable_of_the_proposed_pages_is_chosen() -> None:
         values = []
         for beam in range(CONFIG.beams):
             ads, organic, creatives = (values_[request, beam].tolist() for values_ in (pages.ad, pages.organic, pages.creative))
-            poi = torch.stack([known.poi[a] if a >= 0 else known.organic[request, o] for a, o in zip(ads, organic, strict=True)])
-            creative = torch.stack([known.creative[c] if c >= 0 else known.organic_creative[request, o] for c, o in zip(creatives, organic, strict=True)])
+            poi = torch.stack([known.poi[request, a] if a >= 0 else known.organic[request, o] for a, o in zip(ads, organic, strict=True)])
+            creative = torch.stack([known.creative[request, c] if c >= 0 else known.organic_creative[request, o] for c, o in zip(creatives, organic, strict=True)])
             items = PageItems(pages.poi_codes[request, beam][None], pages.creative_codes[request, beam][None], torch.tensor([[o >= 0 for o in organic]]), poi[None], creative[None])
             ctr = torch.sigmoid(model.reward(model.encode(seen.rows(slice(request, request + 1))), items).poi_click[0])
             values.append(sum(float(offers.bid[request, a]) * float(ctr[slot]) for slot, a in enumerate(ads) if a >= 0))
@@ -49,7 +49,7 @@ def test_company_changes_no_bit() -> None:
     whole = allocate(model, seen, catalogue, offers, known, SLOTS, CONFIG)
     for request in range(REQUESTS):
         part = slice(request, request + 1)
-        alone = allocate(model, seen.rows(part), catalogue, offers.rows(part), replace(known, organic=known.organic[part], organic_creative=known.organic_creative[part]), SLOTS, CONFIG)
+        alone = allocate(model, seen.rows(part), catalogue, offers.rows(part), ItemFeatures(*(values[part] for values in vars(known).values())), SLOTS, CONFIG)
         assert all(torch.equal(values[0], vars(whole)[name][request]) for name, values in vars(alone).items())
 
 
