@@ -26,10 +26,11 @@ def benchmarks() -> dict[str, Callable[..., dict[str, Any]]]:
     from benchmarks.auctions import ON_RUN
     from benchmarks.experiments import EXPERIMENTS
     from benchmarks.flops import flops
+    from benchmarks.pages import PAGES
     from benchmarks.speed import BENCHMARKS
     from benchmarks.tables import TABLES
 
-    return {**BENCHMARKS, **EXPERIMENTS, **ON_RUN, **TABLES, "flops": flops, "load": _load, **{name: anchor(name) for name in ON_DATA}}
+    return {**BENCHMARKS, **EXPERIMENTS, **ON_RUN, **TABLES, **PAGES, "flops": flops, "load": _load, **{name: anchor(name) for name in ON_DATA}}
 
 
 def bench(name: str, out: Path | None = None, plot: Path | None = None, **options: Any) -> int:

@@ -18,6 +18,7 @@ from marketplace.worlds import WorldConfig
 from model.ega_v1.network import NetworkConfig
 from model.evaluation.gates import GateConfig
 from model.evaluation.replay import EvaluationConfig
+from model.kinds import STAGES
 from model.training.stages import TrainingConfig
 from monitoring.experiment import DriverConfig
 from monitoring.report import MonitorConfig
@@ -75,6 +76,10 @@ class RunConfig:
     """Thresholds."""
     experiment: ExperimentConfig = Field(default_factory=ExperimentConfig)
     """The A/B test."""
+
+    def __post_init__(self) -> None:
+        if self.model.kind not in STAGES:
+            raise ValueError(f"model.kind {self.model.kind} is trained and judged by `ega bench v2`; a run trains and serves {', '.join(STAGES)}")
 
     @property
     def candidate(self) -> CandidateConfig:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from marketplace import schema
 from model.cascade.config import CascadeConfig
+from model.ega_v2.config import V2Config
 from model.layers import (
     MLP,
     ClusterBlock,
@@ -39,8 +40,10 @@ _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 class NetworkConfig:
     """Kind, sizes and switches of the model; the paper's values are in config/paper.yaml."""
 
-    kind: Literal["ega_v1", "mca", "fs_ltr"] = "ega_v1"
-    """EGA-V1; or a cascade: MCA (recall, pre-ranking, ranking, auction), or the same trained on stage labels (FS-LTR)."""
+    kind: Literal["ega_v1", "mca", "fs_ltr", "ega_v2"] = "ega_v1"
+    """EGA-V1; a cascade: MCA (recall, pre-ranking, ranking, auction), or the same trained on stage labels (FS-LTR); or EGA (V2)."""
+    ega_v2: V2Config = V2Config()
+    """What only EGA (V2) reads."""
     cascade: CascadeConfig = CascadeConfig()
     """What only the cascades read."""
     width: int = Field(64, ge=8)

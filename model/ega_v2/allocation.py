@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model.ega_v2.beam import Catalogue, Offers, Pages, SearchConfig, best_page, search
-from model.ega_v2.network import Decoding, EgaV2, History, Memory, PageItems
+from model.ega_v2.network import Decoding, EgaV2, History, Memory, PageItems, RewardModel
 
 
 @dataclass(frozen=True)
@@ -80,14 +80,32 @@ def _items(pages: Pages, features: ItemFeatures, request: int) -> PageItems:
     )  # fmt: skip
 
 
-def _most_valuable(network: EgaV2, memory: Memory, pages: Pages, offers: Offers, items: PageItems) -> Allocation:
-    """The page of one request with the greatest expected value of clicks; of equal ones the better beam."""
-    rewards = network.reward(memory, items)
+def page_values(network: EgaV2, memory: Memory, pages: Pages, offers: Offers, features: ItemFeatures, reward: RewardModel | None = None) -> tuple[Tensor, Tensor]:
+    """Value of every proposed page, [B, R]: sum over its ads of bid * pCTR, and what each slot adds to it, [B, R, K]; `reward` judges, by default the network's own."""
+    found = []
+    for request in range(len(offers.bid)):
+        part = slice(request, request + 1)
+        own = Pages(*(values[part] for values in vars(pages).values()))
+        found.append(_read(network.reward if reward is None else reward, Memory(memory.token[part], memory.mask[part]), own, offers.rows(part), _items(own, features, part.start))[0])
+    worth = torch.cat(found)
+    return worth.sum(-1), worth
+
+
+def _read(reward: RewardModel, memory: Memory, pages: Pages, offers: Offers, items: PageItems) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """bid * pCTR of every slot of the pages of one request, [1, R, K], and the three rates."""
+    rewards = reward(memory, items)
     real = (items.poi >= 0).all(-1).unsqueeze(0)
     poi, creative, purchase = (torch.sigmoid(logit.double()).unsqueeze(0) * real for logit in (rewards.poi_click, rewards.creative_click, rewards.purchase))
     bid = torch.where(pages.ad >= 0, torch.gather(offers.bid.double(), 1, pages.ad.clamp(min=0).flatten(1)).view(pages.ad.shape), 0.0) if offers.bid.shape[1] else poi * 0
-    value = (bid * poi).sum(-1)
+    return bid * poi, poi, creative, purchase
+
+
+def _most_valuable(network: EgaV2, memory: Memory, pages: Pages, offers: Offers, items: PageItems) -> Allocation:
+    """The page of one request with the greatest expected value of clicks; of equal ones the better beam."""
+    worth, poi, creative, purchase = _read(network.reward, memory, pages, offers, items)
+    value = worth.sum(-1)
     beam = best_page(pages, value)
     chosen = [values[:, beam[0]] for values in (pages.ad, pages.creative, pages.organic)]
+    real = (items.poi >= 0).all(-1).unsqueeze(0)
     rates = [values[:, beam[0]] for values in (poi, creative, purchase, torch.where(real, pages.poi_log_z.exp(), 0.0))]
     return Allocation(*chosen, beam, value[:, beam[0]], *rates, pages.score[:, beam[0]])

@@ -289,6 +289,10 @@ class EgaV2(nn.Module):
         self.creative_place = nn.Parameter(torch.randn(config.slots * sizes.creative_layers, width) / math.sqrt(width))
         self.creative_blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.creative_blocks))
         self.creative_norm = nn.LayerNorm(width)
+        self.poi_policy, self.creative_policy = (nn.Linear(width, width, bias=False) for _ in range(2))
+        """All that the policy gradient moves: added to the decoders' states before they become logits; pre-training leaves them at 0."""
+        for policy in (self.poi_policy, self.creative_policy):
+            nn.init.zeros_(policy.weight)
         self.reward = RewardModel(config, sizes, prior_ctr)
         self.payment = PaymentNetwork(config)
 
@@ -315,14 +319,22 @@ class EgaV2(nn.Module):
         for block in self.poi_blocks:
             x = block(x, memory)
         x = self.poi_norm(x).unflatten(1, (slots, layers))
-        poi = torch.stack([self.poi_codes.logits(layer, x[:, :, layer]) for layer in range(layers)], 2)
+        poi = torch.stack([self.poi_logits(layer, x[:, :, layer]) for layer in range(layers)], 2)
         parts = creative_BKE.shape[-1]
         tokens = [self.creative_start(x[:, :, 0], poi_BKC), *(self.creative_codes.code(layer, creative_BKE[..., layer]) for layer in range(parts - 1))]
         y = torch.stack(tokens, 2).flatten(1, 2) + self.creative_place[: slots * parts]
         for block in self.creative_blocks:
             y = block(y, memory)
         y = self.creative_norm(y).unflatten(1, (slots, parts))
-        return PageLogits(poi, torch.stack([self.creative_codes.logits(layer, y[:, :, layer]) for layer in range(parts)], 2))
+        return PageLogits(poi, torch.stack([self.creative_logits(layer, y[:, :, layer]) for layer in range(parts)], 2))
+
+    def poi_logits(self, layer: int, state: Tensor) -> Tensor:
+        """[..., W] of the POI decoder's normalised states [..., D]."""
+        return self.poi_codes.logits(layer, state + self.poi_policy(state))
+
+    def creative_logits(self, layer: int, state: Tensor) -> Tensor:
+        """[..., W] of the creative decoder's normalised states [..., D]."""
+        return self.creative_codes.logits(layer, state + self.creative_policy(state))
 
     def decoder(self, history: History, beams: int, slots: int) -> Callable[[slice], Decoding]:
         """What `beam.search` asks for: encodes some of the requests and decodes their pages."""
@@ -331,7 +343,9 @@ class EgaV2(nn.Module):
     def stage_parameters(self, stage: str) -> list[nn.Parameter]:
         """What each training stage learns; everything else is frozen."""
         if stage == "pretrain":
-            return [parameter for name, parameter in self.named_parameters() if not name.startswith(("reward.", "payment."))]
+            return [parameter for name, parameter in self.named_parameters() if not name.startswith(("reward.", "payment.", "poi_policy.", "creative_policy."))]
+        if stage == "rlaf":
+            return [*self.poi_policy.parameters(), *self.creative_policy.parameters()]
         return list({"reward": self.reward, "payment": self.payment}[stage].parameters())
 
     def enter_stage(self, stage: str) -> list[nn.Parameter]:
@@ -382,7 +396,7 @@ class Decoding:
         x = network.poi_norm(part.step(x + network.poi_place[part.length], self.bias))
         if layer == 0:
             self.state = x
-        return network.poi_codes.logits(layer, x)
+        return network.poi_logits(layer, x)
 
     def creative_logits(self, poi_BRC: Tensor, previous_BR: Tensor | None) -> Tensor:
         """See `beam.Decoder`."""
@@ -390,7 +404,7 @@ class Decoding:
         layer = part.length % network.sizes.creative_layers
         x = network.creative_start(self.state, poi_BRC) if previous_BR is None else network.creative_codes.code(layer - 1, previous_BR)
         x = network.creative_norm(part.step(x + network.creative_place[part.length], self.bias))
-        return network.creative_codes.logits(layer, x)
+        return network.creative_logits(layer, x)
 
     def keep(self, parent_BR: Tensor) -> None:
         """See `beam.Decoder`."""

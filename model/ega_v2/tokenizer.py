@@ -274,8 +274,8 @@ def _widths(items: int) -> list[int]:
     return [2**power for power in range(1, max(2, items.bit_length()))]
 
 
-def require_healthy(tokenizer: Tokenizer) -> None:
-    """The gate: TokenizerError with every fault, where there is one."""
+def require_healthy(tokenizer: Tokenizer, name: str = "tokenizer") -> None:
+    """The gate: TokenizerError with every fault, where there is one; `name` says which tokenizer it is."""
     faults = tokenizer.health.faults(tokenizer.config)
     if faults:
-        raise TokenizerError(f"tokenizer with {tokenizer.layers} x {tokenizer.codes} codes is not healthy: {'; '.join(faults)}")
+        raise TokenizerError(f"{name} with {tokenizer.layers} x {tokenizer.codes} codes is not healthy: {'; '.join(faults)}")

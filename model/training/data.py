@@ -65,8 +65,10 @@ class Samples:
         self.vocabulary_document = json.loads((self.folder / "vocab.json").read_text())
         """vocab.json as it is; goes into the bundle unchanged."""
         self.vocabulary: dict[str, list[int]] = self.vocabulary_document["tables"]
-        for array in schema.SAMPLE_ARRAYS:
+        for array in (*schema.SAMPLE_ARRAYS, *schema.PAGE_ARRAYS):
             path = self.folder / f"{array.name}.npy"
+            if array in schema.PAGE_ARRAYS and not path.is_file():
+                continue  # of logs without creatives
             if not path.is_file():
                 raise FileNotFoundError(f"sample array {path} is missing; run sample_requests again")
             values = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -148,6 +150,14 @@ class Samples:
             behaviours=self._fields(self.behaviours[requests, :longest], schema.BEHAVIOUR_FIELDS),
             request_place=torch.from_numpy(self.request_place[requests]),
         )
+
+    def behaviour_inputs(self, requests: np.ndarray) -> Tensor:
+        """BEHAVIOUR_FIELDS [B, L, F], newest first."""
+        return self._fields(self.behaviours[requests], schema.BEHAVIOUR_FIELDS)
+
+    def user_inputs(self, requests: np.ndarray) -> Tensor:
+        """USER_FIELDS and CONTEXT_FIELDS [B, F]."""
+        return torch.cat([self._fields(self.user_fields[requests], schema.USER_FIELDS), self._fields(self.context_fields[requests], schema.CONTEXT_FIELDS)], 1)
 
     def batch(self, requests: np.ndarray, exposed_only: bool = False) -> TrainingBatch:
         """Sampled candidates (exposed first) of the given requests, or the exposed ones alone."""

@@ -19,7 +19,8 @@ from safetensors.torch import load as load_tensors
 from marketplace import schema
 from model.bundle import sha256_of, state_bytes, write_atomic
 from model.ega_v1.network import NetworkConfig, RankingModel
-from model.kinds import STAGES, previous_stage
+from model.ega_v2.training import run_stage as run_v2
+from model.kinds import previous_stage, stages_of
 from model.training.cascade import rank_stage, train_relabel, train_tower
 from model.training.data import Samples
 from model.training.loop import Device, StageResult
@@ -77,7 +78,7 @@ def stage_fingerprint(stage: str, samples_folder: Path, network_config: NetworkC
     return {
         "samples": sha256_of(Path(samples_folder) / "manifest.json") if (Path(samples_folder) / "manifest.json").exists() else sha256_of(Path(samples_folder) / "samples.json"),
         "network": TypeAdapter(NetworkConfig).dump_python(network_config, mode="json"),
-        "config": json.loads(json.dumps(asdict(getattr(config, stage)))), "threads": config.threads, "seed": seed, "previous": previous,
+        "config": json.loads(json.dumps(asdict(getattr(config.ega_v2 if network_config.kind == "ega_v2" else config, stage)))), "threads": config.threads, "seed": seed, "previous": previous,
     }  # fmt: skip
 
 
@@ -103,10 +104,12 @@ def load_stage(stage: str, samples: Samples, network_config: NetworkConfig, out:
 
 def load_final(samples: Samples, network_config: NetworkConfig, out: Path, seed: int) -> RankingModel:
     """The trained network: as its kind's last stage left it."""
-    return load_stage(STAGES[network_config.kind][-1], samples, network_config, out, seed)
+    return load_stage(stages_of(network_config.kind)[-1], samples, network_config, out, seed)
 
 
 def _run(stage: str, network: RankingModel, samples: Samples, config: TrainingConfig, folder: Path, device: Device, fingerprint: dict[str, Any]) -> StageResult:
+    if network.config.kind == "ega_v2":
+        return run_v2(stage, network, samples, config.ega_v2, folder, device, fingerprint)
     if stage in ("recall", "prerank"):
         return train_tower(network, samples, getattr(config, stage), stage, folder, device, fingerprint)
     if stage == "relabel":

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from marketplace import schema
 from model.ega_v1.mechanism import Bidding, Pages, Pool, allocate, learned_prices, page_logits, truthful, try_bids
 from model.ega_v1.network import AD_COLUMNS, PAGE_COLUMNS, Batch, EgaV1, Evaluator, NetworkConfig, RankingModel, allocation_scores
+from model.ega_v2.stages import V2TrainingConfig
 from model.evaluation.metrics import auc, deviation, log_loss
 from model.kinds import create
 from model.layers import take
@@ -170,6 +171,8 @@ class TrainingConfig:
     """Stage 3."""
     payment: PaymentConfig = PaymentConfig()
     """Stage 4."""
+    ega_v2: V2TrainingConfig = V2TrainingConfig()
+    """The stages of EGA (V2)."""
     threads: int = Field(2, ge=1)
     """CPU threads of every stage; part of the result."""
 
@@ -180,6 +183,8 @@ def build_network(config: NetworkConfig, samples: Samples, seed: int) -> Ranking
     sizes = vocabulary_sizes(samples.vocabulary)
     shown, elsewhere = samples.prior_rates
     network = create(config, sizes, geo_table(samples.vocabulary, config.embedding, seed), prior_ctr=shown)
+    if config.kind == "ega_v2":
+        return network
     with torch.no_grad():
         network.unexposed_start.fill_(float(torch.logit(torch.tensor(elsewhere)) - torch.logit(torch.tensor(shown))))
     return network

@@ -159,7 +159,7 @@ def test_pages_of_a_network_do_not_depend_on_the_batch() -> None:
     for request in range(4):
         alone = run(slice(request, request + 1))
         assert all(torch.equal(alone[name][0], whole[name][request]) for name in whole)
-    backwards = search(model.decoder(type(seen)(*(x.flip(0) for x in vars(seen).values())), 6, 3), catalogue, type(offers)(*(x.flip(0) for x in vars(offers).values())), 3, config)
+    backwards = search(model.decoder(type(seen)(*(x.flip(0) for x in vars(seen).values())), 6, 3), catalogue, type(offers)(*(x.flip(0) for x in vars(offers).values() if x is not None)), 3, config)
     assert all(torch.equal(values.flip(0), whole[name]) for name, values in vars(backwards).items())
     together = search(model.decoder(seen, 6, 3), catalogue, offers, 3, config, requests_at_once=4)
     torch.testing.assert_close(together.score, whole["score"], rtol=0, atol=1e-4)
@@ -194,12 +194,12 @@ def test_what_is_not_there_has_no_gradient() -> None:
 
 def test_every_parameter_of_a_stage_learns_and_no_other() -> None:
     model, (poi, creative) = network(), page(8)
-    stages = {stage: model.enter_stage(stage) for stage in ("reward", "payment", "pretrain")}
+    stages = {stage: model.enter_stage(stage) for stage in ("reward", "payment", "rlaf", "pretrain")}
     assert sum(len(parameters) for parameters in stages.values()) == len(list(model.parameters()))
     sum(generation_losses(model.page_logits(model.encode(history(8)), poi, creative), poi, creative)).backward()
     named = {id(parameter): name for name, parameter in model.named_parameters()}
     assert not [named[id(p)] for p in stages["pretrain"] if p.grad is None or not bool(p.grad.abs().sum() > 0)]
-    assert all(p.grad is None for stage in ("reward", "payment") for p in stages[stage])
+    assert all(p.grad is None for stage in ("reward", "payment", "rlaf") for p in stages[stage])
     model.zero_grad()
     parameters = model.enter_stage("reward")
     rewards = model.reward(model.encode(history(8)), page_items(8))

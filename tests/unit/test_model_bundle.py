@@ -227,7 +227,7 @@ def test_manifest_must_be_signed_by_this_key_and_for_these_files(bundle: Path, t
     refused(bundle, "not the file that was signed")
 
 
-@pytest.mark.parametrize("change", [{"format": 2}, {"kind": "ega_v2"}, {"version": "0" * 12}, {"files": {}}, {"files": {"../model.safetensors": {"bytes": 1, "sha256": ""}}}])
+@pytest.mark.parametrize("change", [{"format": 2}, {"kind": "ega_v9"}, {"version": "0" * 12}, {"files": {}}, {"files": {"../model.safetensors": {"bytes": 1, "sha256": ""}}}])
 def test_signed_manifests_of_another_kind_are_refused(bundle: Path, change: dict[str, Any]) -> None:
     sign_again(bundle, **change)
     refused(bundle)

@@ -151,7 +151,7 @@ def test_doctor_reads_the_stores_of_every_configuration(home, capsys):
     EventLog(event_log_path(place)).close()
     assert doctor(home, port=0) == 0
     out = capsys.readouterr().out
-    assert f"tiny: {tag} approved and verified" in out and "feature store with 4 views" in out and "event log with 0 pages" in out
+    assert f"tiny: {tag} approved and verified" in out and "feature store with 5 views" in out and "event log with 0 pages" in out
 
     weights = place / "bentoml" / "models" / "ega-v1" / tag.split(":")[1] / "model.safetensors"
     weights.chmod(0o644)

@@ -1,0 +1,180 @@
+"""EGA (V2) on whole pages: `ega bench v2`. Ads with several creatives among organic results, all models trained on one set of logs a seed.
+
+The cascade and EGA-V1 choose ads; their creatives come from the selector and their ads alternate with organic results, as in the logs. EGA (V2)
+chooses ads, creatives and places at once. All charge GSP, so that revenue differs by pages alone. Judged by the market's truth.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.tables import ROOT, Market, _say, market, mean_and_deviation, pooled, provenance, seeds_of
+
+if TYPE_CHECKING:
+    from model.ega_v2.data import PageData
+    from pipelines.config import RunConfig
+
+DEFAULT = ROOT / "config" / "tables_v2.yaml"
+
+ROWS = {
+    "logged": "logging policy",
+    "mca": "MCA",
+    "mca top": "MCA, ads above all organic results",
+    "ega_v1": "EGA-V1",
+    "gr": "GR: most likely page, creative by selector",
+    "-rlaf": "EGA without policy gradient (single-stage)",
+    "-creative": "EGA, creative by selector",
+    "-bid": "EGA, mean bid of a prefix",
+    "ega_v2": "EGA (V2)",
+}
+"""Policies of the table, in its order."""
+
+
+def generated(place: Market, data: PageData, rows: np.ndarray, policy: str, best_of_beam: bool = True, **search: Any) -> pd.DataFrame:
+    """Pages of EGA (V2) for test requests, charged GSP: policy, request_id, slot, ad_id, bid, payment, pctr, creative_id, above.
+
+    `best_of_beam` false: the likeliest page of the search, which no reward model has read. `search`: other settings of the search.
+    """
+    import torch
+
+    from model.ega_v2.allocation import page_values
+    from model.ega_v2.beam import search as find
+    from model.ega_v2.network import Decoding
+
+    samples, network, config = place.samples, data.model.core, replace(place.config.training.ega_v2.search, **search)
+    frames = []
+    with torch.inference_mode():
+        for mine, history, catalogue, offers, features in data.groups(rows, samples.slots):
+            found = data.city_offers(int(samples.day[mine[0]]), int(samples.city_code[mine[0]]))
+            for index, row in enumerate(mine):
+                part = slice(index, index + 1)
+                memory = network.encode(history.rows(part))
+                pages = find(lambda _, memory=memory: Decoding(network, memory, config.beams, network.config.slots), catalogue, offers.rows(part), network.config.slots, config)
+                own = replace_features(features, part)
+                value, worth = page_values(network, memory, pages, offers.rows(part), own)
+                beam = int(torch.where(torch.isfinite(pages.score), value, -torch.inf).argmax()) if best_of_beam else 0
+                ad = pages.ad[0, beam].numpy()
+                at = np.flatnonzero(ad >= 0)
+                bid = found.city.bid[ad[at]] * found.city.unit
+                pctr = worth[0, beam].numpy()[at] / np.maximum(found.city.bid[ad[at]], 1e-12)
+                next_score = np.append((pctr * bid)[1:], 0.0)
+                payment = np.clip(next_score / np.maximum(pctr, 1e-12), found.city.reserve[ad[at]] * found.city.unit, bid)
+                frames.append(pd.DataFrame({
+                    "policy": policy, "request_id": samples.request_id[row], "slot": np.arange(1, len(at) + 1), "ad_id": np.asarray(samples.ad_id)[found.city.rows[ad[at]]], "bid": bid,
+                    "payment": payment, "pctr": pctr, "creative_id": np.asarray(samples.creative_id)[found.creative_rows[pages.creative[0, beam].numpy()[at]]], "above": at - np.arange(len(at)),
+                }))  # fmt: skip
+    return pd.concat(frames, ignore_index=True)
+
+
+def replace_features(features: Any, part: slice) -> Any:
+    """Some requests' item features."""
+    return type(features)(*(values[part] for values in vars(features).values()))
+
+
+def with_selected(place: Market, pages: pd.DataFrame, above: str | None = None) -> pd.DataFrame:
+    """Pages of ads with the selector's creative of the day; `above` "top": all ads before all organic results, else alternating."""
+    samples = place.samples
+    ids = np.asarray(samples.request_id)
+    order = np.argsort(ids)
+    row = order[np.searchsorted(ids[order], pages["request_id"].to_numpy())]
+    ad = np.searchsorted(np.asarray(samples.ad_id), pages["ad_id"].to_numpy())
+    creative = np.asarray(samples.creative_id)[np.asarray(samples.shown_creative)[np.asarray(samples.day)[row], ad]]
+    items = np.asarray(samples.organic_place).shape[1]
+    return pages.assign(creative_id=creative, above=0 if above == "top" else np.minimum(pages["slot"].to_numpy() - 1, items))
+
+
+def logged(place: Market, rows: np.ndarray) -> pd.DataFrame:
+    """The pages that were shown, as they were."""
+    samples = place.samples
+    ad = np.asarray(samples.candidate[rows, : samples.slots])
+    request, slot = np.nonzero(ad >= 0)
+    at = rows[request]
+    values = {name: np.asarray(getattr(samples, f"exposed_{name}"))[at, slot] for name in ("bid", "payment", "pctr")}
+    return pd.DataFrame({
+        "policy": "logged", "request_id": np.asarray(samples.request_id)[at], "slot": slot + 1, "ad_id": np.asarray(samples.ad_id)[ad[request, slot]], **values,
+        "creative_id": np.asarray(samples.creative_id)[np.asarray(samples.exposed_creative)[at, slot]], "above": np.asarray(samples.above)[at, slot],
+    })  # fmt: skip
+
+
+def policies(place: Market) -> Iterator[pd.DataFrame]:
+    """Pages of every policy of ROWS on the same test requests."""
+    from marketplace import schema
+    from model.ega_v2.data import PageData
+    from model.training.run import load_stage
+    from model.training.stages import newest
+
+    model, samples, seed = place.config.model, place.samples, place.seed
+    rows = np.sort(newest(samples.split_rows(schema.TEST), place.config.evaluation.requests))
+    yield logged(place, rows)
+    for kind in ("mca", "ega_v1"):
+        _say(f"seed {seed}: {kind}")
+        found = place.replay(place.train(kind, replace(model, kind=kind))).pages
+        pages = found[found["policy"] == f"{kind}/gsp"].assign(policy=kind)
+        yield with_selected(place, pages)
+        if kind == "mca":
+            yield with_selected(place, pages.assign(policy="mca top"), "top")
+    _say(f"seed {seed}: ega_v2")
+    v2 = replace(model, kind="ega_v2")
+    data = PageData(samples, place.train("ega_v2", v2))
+    pages = generated(place, data, rows, "ega_v2")
+    yield pages
+    yield with_selected(place, pages.assign(policy="-creative")).assign(above=pages["above"])
+    yield generated(place, data, rows, "-bid", bid_of_prefix="mean")
+    plain = PageData(samples, load_stage("evaluation", samples, v2, place.folder / "ega_v2" / "stages", seed))
+    yield generated(place, plain, rows, "-rlaf")
+    likeliest = generated(place, plain, rows, "gr", best_of_beam=False)
+    yield with_selected(place, likeliest).assign(above=likeliest["above"])
+
+
+def v2(config: Path | None = None, seeds: int = 5, quick: bool = False) -> dict[str, Any]:
+    """EGA (V2), GR, MCA and EGA-V1 with ablations, all with GSP: true clicks, revenue and welfare, and what organic results lose."""
+    from marketplace.truth import paired_lift
+    from pipelines.config import load_run_config
+
+    path = config or DEFAULT
+    markets = seeds_of(load_run_config(path).seed, 1 if quick else seeds)
+    started, per_seed, lifts = time.monotonic(), [], []
+    for seed in markets:
+        with market(path, seed, None, _tiny if quick else None) as place:
+            scored = place.truth(pd.concat(policies(place), ignore_index=True))
+        means = scored.groupby("policy")[["clicks", "revenue", "bid_welfare", "organic_clicks"]].mean()
+        per_seed.append({policy: {name: float(value) for name, value in row.items()} for policy, row in means.iterrows()})
+        lifts.append({policy: paired_lift(scored, policy, "ega_v2") for policy in ROWS if policy != "ega_v2"})
+    summary = {policy: mean_and_deviation([found[policy] for found in per_seed]) for policy in ROWS}
+    table = [
+        {
+            "policy": label, "true eCTR %": 100 * summary[policy]["clicks"]["mean"], "true eRPM, GSP": 1000 * summary[policy]["revenue"]["mean"], "sd": 1000 * summary[policy]["revenue"]["sd"],
+            "bid * clicks per 1000": 1000 * summary[policy]["bid_welfare"]["mean"], "organic clicks %": 100 * summary[policy]["organic_clicks"]["mean"],
+        }
+        for policy, label in ROWS.items()
+    ]  # fmt: skip
+    differences = {policy: pooled([found[policy] for found in lifts]) for policy in lifts[0]}
+    second = [{"EGA (V2), true eRPM over": ROWS[policy], "mean": value["lift"], "95 % interval": f"{value['low']:+.4f} to {value['high']:+.4f}"} for policy, value in differences.items()]
+    return {**provenance(path, markets, started), "table": table, "second_table": second, "summary": summary, "differences": differences, "per_seed": per_seed}
+
+
+def _tiny(config: RunConfig) -> RunConfig:
+    """Sizes of --quick: every part runs, no figure means anything."""
+    world = replace(config.world, unlogged_days=1, synthetic=replace(config.world.synthetic, users=200, places_per_city=200, ads_per_city=60, log_days=6))
+    short = {"steps": 4, "batch": 16, "validate_every": 2, "validation_requests": 32}
+    training = config.training
+    v2 = replace(
+        training.ega_v2, pretrain=replace(training.ega_v2.pretrain, **short), reward=replace(training.ega_v2.reward, **short),
+        evaluation=replace(training.ega_v2.evaluation, **short), rlaf=replace(training.ega_v2.rlaf, **(short | {"batch": 4, "requests": 16, "validation_requests": 4, "beams": 4})),
+        search=replace(training.ega_v2.search, beams=4),
+    )  # fmt: skip
+    names = ("recall", "prerank", "pretrain", "reward", "evaluation", "rlaf", "payment")
+    training = replace(training, ega_v2=v2, **{name: replace(getattr(training, name), **short) for name in names})
+    model = replace(config.model, width=16, ega_v2=replace(config.model.ega_v2, encoder_blocks=1, decoder_blocks=1, poi_codes=32, creative_codes=32, most_collisions=0.5))
+    sampling = replace(config.sampling, test_days=1, validation_days=1)
+    return replace(config, world=world, training=training, model=model, sampling=sampling, evaluation=replace(config.evaluation, requests=12, calibration_requests=40))
+
+
+PAGES = {"v2": v2}
