@@ -25,6 +25,7 @@ SECTIONS: dict[str, tuple[str, str]] = {
     "table3": ("Table 3: cross features and mid-fusion", "Dev is that of the set-aware pCTR on shown ads."),
     "scaling": ("Figure 5: scaling", "Paper: rising, with diminishing returns."),
     "sensitivity": ("What the headline rests on", "EGA-V1 over MCA, both at critical prices, in truth, with one knob turned at a time."),
+    "v2": ("EGA (V2) on whole pages", "Paper (V2): EGA 230.4, GR 206.7, cascade 192.5; without multi-token prediction 225.5, single-stage 218.2, mean bids 222.9. Ads with three creatives among five organic results; true clicks per request, all policies charge GSP. Notes: [ega_v2.md](ega_v2.md)."),
     "flops": ("Appendix A.1: cost of a request", "Counted on the network; Eq. 30 to 32 beside. Eq. 31 leaves out the projections of queries, keys and values, which are most of MIF's cost."),
     "sequential": ("SASRec and EGA-V1's encoder on published data", "Published for SASRec on Amazon Video Games, 100 sampled negatives: HR@10 .744, NDCG@10 .538. Protocol: [measuring.md](measuring.md)."),
     "next-poi": ("Next place on real check-ins", "Published next-place models on the same raw check-ins, split otherwise: Acc@1/5/10 .273, .536, .624. Protocol: [measuring.md](measuring.md)."),

@@ -213,7 +213,7 @@ def doctor() -> None:
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="Speed and cost: latency, load, v2-decode, cluster-attention, auction, sampling, generator, oracle, flops. On a finished run: payments, bidders. Experiments: ab, alarms, events. The paper's tables: table1, table2, table3, scaling, sensitivity. Other people's data: sequential, next-poi, serp.")],
+    name: Annotated[str, typer.Argument(help="Speed and cost: latency, load, v2-decode, cluster-attention, auction, sampling, generator, oracle, flops. On a finished run: payments, bidders. Experiments: ab, alarms, events. The paper's tables: table1, table2, table3, scaling, sensitivity, v2. Other people's data: sequential, next-poi, serp.")],
     out: Annotated[Optional[Path], typer.Option(help="Also write the figures to this JSON file.")] = None,  # noqa: UP045
     run: Annotated[Optional[Path], typer.Option(help="Folder of a finished run, for payments, bidders and load.")] = None,  # noqa: UP045
     plot: Annotated[Optional[Path], typer.Option(help="Also draw the course of bidders into this SVG file.")] = None,  # noqa: UP045

@@ -1,0 +1,203 @@
+"""EGA (V2) on real samples: codes, logged pages and offers say what the logs say; the stages run and resume."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from features.build import build_features
+from features.sampling import SamplingConfig, sample_requests
+from marketplace import schema
+from marketplace.creatives import CreativeConfig
+from marketplace.organic import OrganicConfig
+from marketplace.synthetic import SyntheticConfig
+from marketplace.worlds import WorldConfig, build_world
+from model.ega_v1.network import NetworkConfig
+from model.ega_v2.allocation import allocate
+from model.ega_v2.beam import Pages, SearchConfig
+from model.ega_v2.config import V2Config
+from model.ega_v2.data import PageData, places_of_page
+from model.ega_v2.model import AUDIENCE_WIDTH, audiences
+from model.ega_v2.stages import PretrainConfig, RewardConfig, RlafConfig, V2TrainingConfig, marginal_rewards
+from model.ega_v2.tokenizer import TokenizerError
+from model.kinds import BENCH_STAGES
+from model.training.data import Samples
+from model.training.run import load_stage, train_stage
+from model.training.stages import TrainingConfig
+
+SHORT = {"steps": 3, "batch": 16, "validate_every": 2, "validation_requests": 24}
+TRAINING = TrainingConfig(
+    ega_v2=V2TrainingConfig(
+        pretrain=PretrainConfig(**SHORT), reward=RewardConfig(**SHORT), evaluation=RewardConfig(**SHORT, seed=2),
+        rlaf=RlafConfig(**(SHORT | {"batch": 4, "validation_requests": 4}), requests=12, beams=4), search=SearchConfig(beams=4),
+    ),
+    threads=1,
+)  # fmt: skip
+MODEL = NetworkConfig(
+    kind="ega_v2", width=16, heads=2, slots=3, ega_v2=V2Config(behaviours=8, encoder_blocks=1, decoder_blocks=1, reward_blocks=1, poi_codes=16, creative_codes=16, creative_width=6, organic_items=2, most_collisions=0.6)
+)
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory) -> Samples:
+    folder = tmp_path_factory.mktemp("v2")
+    world = WorldConfig(
+        slots=3, synthetic=SyntheticConfig(users=120, places_per_city=200, ads_per_city=40, log_days=5, live_days=1),
+        creatives=CreativeConfig(per_ad=3, width=6), organic=OrganicConfig(items=2),
+    )  # fmt: skip
+    build_world(world, 5).write_logs(folder / "logs")
+    build_features(folder / "logs", folder / "home", behaviours=8)
+    sample_requests(folder / "logs", folder / "home", folder / "samples", SamplingConfig(unexposed=5), seed=5)
+    return Samples(folder / "samples")
+
+
+@pytest.fixture(scope="module")
+def stages(samples, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("stages")
+    for stage in BENCH_STAGES["ega_v2"]:
+        train_stage(stage, samples.folder, MODEL, TRAINING, folder / "stages", folder / "checkpoints", seed=3)
+    return folder / "stages"
+
+
+@pytest.fixture(scope="module")
+def data(samples, stages) -> PageData:
+    return PageData(samples, load_stage("rlaf", samples, MODEL, stages, 3))
+
+
+def test_stages_are_found_done_and_change_only_what_they_train(samples, stages) -> None:
+    again = train_stage("rlaf", samples.folder, MODEL, TRAINING, stages, stages.parent / "checkpoints", seed=3)
+    assert again.result["steps"] >= 1
+    before, after = (load_stage(stage, samples, MODEL, stages, 3).state_dict() for stage in ("evaluation", "rlaf"))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved <= {"core.poi_policy.weight", "core.creative_policy.weight"}
+    tokens, trained = (load_stage(stage, samples, MODEL, stages, 3).state_dict() for stage in ("tokenize", "evaluation"))
+    assert all(torch.equal(tokens[name], trained[name]) for name in ("poi_books", "creative_books", "known_codes", "origin"))
+
+
+def test_an_unhealthy_tokenizer_stops_the_stage(samples, tmp_path) -> None:
+    strict = replace(MODEL, ega_v2=replace(MODEL.ega_v2, poi_codes=2, most_collisions=0.05))
+    with pytest.raises(TokenizerError, match="tokenizer of pois .* share their tuple"):
+        train_stage("tokenize", samples.folder, strict, TRAINING, tmp_path / "stages", tmp_path / "checkpoints", seed=3)
+
+
+def test_a_new_place_gets_codes_without_training(data) -> None:
+    model = data.model
+    known = np.asarray(data.samples.place_category)[:3], np.asarray(data.samples.place_position)[:3]
+    codes = model.poi_tokens(np.full(3, schema.UNKNOWN), known[0], known[1] + 1e-3)
+    assert codes.shape == (3, 3) and (codes >= 0).all() and (codes < 16).all()
+    alone = model.poi_tokens(np.full(1, schema.UNKNOWN), known[0][1:2], known[1][1:2] + 1e-3)
+    np.testing.assert_array_equal(alone[0], codes[1])
+
+
+def test_histories_end_with_the_newest_behaviour(data) -> None:
+    rows = data.samples.split_rows(schema.TRAIN)[:40]
+    history = data.history(rows)
+    place = np.asarray(data.samples.behaviour_place[rows])
+    assert torch.equal(history.poi[:, -1][place[:, 0] >= 0], data.place_codes[place[place[:, 0] >= 0, 0]])
+    assert bool((history.poi[torch.from_numpy(place[:, ::-1].copy()) < 0] == -1).all())
+    assert bool(((history.fields == 0).all(-1) == (history.poi < 0).any(-1)).all())
+
+
+def test_logged_pages_are_read_in_the_order_of_the_page(data) -> None:
+    samples = data.samples
+    rows = samples.split_rows(schema.TRAIN)[:60]
+    page = data.logged_pages(rows)
+    for at, row in enumerate(rows):
+        ads = [ad for ad in samples.candidate[row, :3] if ad >= 0]
+        items = [item for item in samples.organic_place[row] if item >= 0]
+        expected, ad, item = [], 0, 0
+        while ad < len(ads) or item < len(items):
+            if ad < len(ads) and samples.above[row, ad] <= item:
+                expected.append((samples.ad_place_row[ads[ad]], samples.click[row, ad], ads[ad]))
+                ad += 1
+            else:
+                expected.append((items[item], samples.organic_click[row, item], -1))
+                item += 1
+        assert int(page.mask[at].sum()) == len(expected)
+        for place, (poi, click, ad_row) in enumerate(expected):
+            assert torch.equal(page.items.poi[at, place], data.place_codes[int(poi)]) and float(page.click[at, place]) == click
+            assert int(page.ad_row[at, place]) == ad_row and bool(page.items.organic[at, place]) == (ad_row < 0)
+
+
+def test_the_past_of_an_ad_ends_the_day_before(data) -> None:
+    samples = data.samples
+    shown, clicks = data.counts
+    for day in range(shown.shape[0]):
+        before = np.asarray(samples.day) < day
+        candidate, click = np.asarray(samples.candidate[before, :3]), np.asarray(samples.click[before, :3])
+        real = candidate >= 0
+        np.testing.assert_array_equal(shown[day], np.bincount(candidate[real], minlength=shown.shape[1]))
+        np.testing.assert_array_equal(clicks[day], np.bincount(candidate[real], click[real], minlength=shown.shape[1]))
+
+
+@torch.inference_mode()
+def test_pages_hold_active_ads_with_their_own_creatives_and_all_organic_items(data) -> None:
+    rows = data.samples.split_rows(schema.TEST)[:12]
+    seen = 0
+    for mine, history, catalogue, offers, features in data.groups(rows, 3):
+        found = data.city_offers(int(data.samples.day[mine[0]]), int(data.samples.city_code[mine[0]]))
+        page = allocate(data.model.core, history, catalogue, offers, features, 5, SearchConfig(beams=4))
+        seen += len(mine)
+        assert bool(((page.ad >= 0).sum(1) == 3).all())
+        assert page.organic[page.organic >= 0].view(len(mine), -1).tolist() == [[0, 1]] * len(mine)
+        shown = page.ad >= 0
+        assert np.array_equal(found.creative_owner[page.creative[shown].numpy()], page.ad[shown].numpy())
+        assert bool(torch.gather(offers.active, 1, page.ad.clamp(min=0))[shown].all())
+    assert seen == len(rows)
+
+
+def test_sequences_are_what_users_chose(data) -> None:
+    samples, rows = data.samples, data.samples.split_rows(schema.TRAIN)[:80]
+    found = data.sequences(rows, 4)
+    expected = []
+    for row in rows:
+        ads = [(samples.ad_place_row[ad], samples.exposed_creative[row, k]) for k, ad in enumerate(samples.candidate[row, :3]) if ad >= 0 and samples.click[row, k]]
+        items = [(item, -1) for item, click in zip(samples.organic_place[row], samples.organic_click[row], strict=True) if click]
+        chosen = [*ads, *items, *((place, -1) for place in samples.next_place[row] if place >= 0)]
+        distinct = list({int(place): (int(place), int(creative)) for place, creative in reversed(chosen)}.values())[::-1]
+        order = sorted(distinct, key=lambda pair, chosen=chosen: [int(place) for place, _ in chosen].index(pair[0]))
+        if order:
+            expected.append(order[:4])
+    assert len(found) == len(expected)
+    for at, chosen in enumerate(expected):
+        for slot, (place, creative) in enumerate(chosen):
+            assert torch.equal(found.poi[at, slot], data.place_codes[place])
+            assert torch.equal(found.creative[at, slot], data.creative_codes[creative] if creative >= 0 else torch.full((3,), -1))
+        assert bool((found.poi[at, len(chosen) :] == -1).all())
+
+
+def test_places_of_a_page_with_fewer_ads() -> None:
+    ad, above = np.array([[True, True, False]]), np.array([[0, 1, 0]])
+    at_ad, at_item = places_of_page(ad, above, 2)
+    assert at_ad.tolist() == [[0, 2, 4]] and at_item.tolist() == [[1, 3]]
+
+
+def test_marginal_rewards_by_hand() -> None:
+    nothing = torch.zeros(1, 3, 2)
+    pages = Pages(torch.tensor([[-1.0, -2.0, -torch.inf]]), torch.tensor([[[0, 1], [0, 2], [-1, -1]]]), nothing, nothing, nothing, nothing, nothing, nothing)
+    gain = marginal_rewards(pages, torch.tensor([[5.0, 3.0, 0.0]]), torch.tensor([[[4.0, 1.0], [2.5, 0.5], [0.0, 0.0]]]))
+    # Ad 0 is on every page: its own worth. Ad 1: against the page with ad 2, and the other way round.
+    assert gain.tolist() == [[[4.0, 2.0], [2.5, -2.0], [0.0, 0.0]]]
+
+
+def test_audiences_bring_places_of_the_same_users_together() -> None:
+    rng = np.random.default_rng(0)
+    user = rng.integers(0, 40, 4000)
+    place = np.where(user < 20, rng.integers(0, 5, 4000), rng.integers(5, 10, 4000))
+    found = audiences(user, place, 11, 1)
+    assert found.shape == (11, AUDIENCE_WIDTH) and (found[10] == 0).all()
+    direction = found[:, :-1] / np.maximum(np.linalg.norm(found[:, :-1], axis=1, keepdims=True), 1e-9)
+    alike = direction @ direction.T
+    assert alike[:5, :5].min() > 0.8 and abs(alike[:5, 5:10]).max() < 0.5
+
+
+def test_logs_without_creatives_are_refused(tmp_path_factory) -> None:
+    from samples_fixture import tiny_samples
+
+    folder = tiny_samples(tmp_path_factory.mktemp("plain"))
+    with pytest.raises(ValueError, match="without creatives"):
+        train_stage("tokenize", folder, MODEL, TRAINING, folder / "stages", folder / "checkpoints", seed=3)
