@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from marketplace import logs
-from marketplace.schema import TABLES
+from marketplace.schema import OPTIONAL_TABLES, TABLES
 
 
 def merge_logs(reference: Path, traffic: Path, out: Path) -> dict[str, int]:
@@ -24,8 +24,8 @@ def merge_logs(reference: Path, traffic: Path, out: Path) -> dict[str, int]:
     shutil.rmtree(part, ignore_errors=True)
     sides = [Path(reference), Path(traffic)]
     days_of = {}
-    for name, table in TABLES.items():
-        found = [set(logs.days_of(side, name)) if (side / name).is_dir() else set() for side in sides]
+    for name, table in (TABLES | OPTIONAL_TABLES).items():
+        found = [set(logs.days_of(side, name)) if logs.has_table(side, name) else set() for side in sides]
         for day in sorted(found[0] | found[1]):
             holders = [side for side, days in zip(sides, found, strict=True) if day in days]
             if len(holders) == 1:
@@ -35,7 +35,8 @@ def merge_logs(reference: Path, traffic: Path, out: Path) -> dict[str, int]:
             if name == "requests" and not set(old["request_id"]) & set(new["request_id"]):
                 raise logs.LogError(f"{reference} and {traffic} both have requests of {day}, and none in common; the traffic must follow the reference or be its continuation")
             logs.write_table(part, name, pd.concat([old, new], ignore_index=True).drop_duplicates(list(table.key), keep="last", ignore_index=True))
-        days_of[name] = len(found[0] | found[1])
+        if name in TABLES or found[0] | found[1]:
+            days_of[name] = len(found[0] | found[1])
     logs.write_manifest(part, {"source": "reference and monitored traffic", "days": days_of})
     os.replace(part, final)
     return days_of

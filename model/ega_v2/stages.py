@@ -171,7 +171,7 @@ class RlafConfig(LoopConfig):
     steps: int = Field(40, ge=0)
     """Most optimiser steps."""
     batch: int = Field(16, ge=1)
-    """Requests a step, all of one city and day."""
+    """Requests a step."""
     learning_rate: float = Field(3e-3, gt=0)
     """Adam's peak rate."""
     validate_every: int = Field(10, ge=1)
