@@ -19,6 +19,7 @@ from benchmarks.tables import ROOT, Market, _say, market, mean_and_deviation, po
 
 if TYPE_CHECKING:
     from model.ega_v2.data import PageData
+    from model.ega_v2.payment import Rule
     from pipelines.config import RunConfig
 
 DEFAULT = ROOT / "config" / "tables_v2.yaml"
@@ -32,50 +33,43 @@ ROWS = {
     "-rlaf": "EGA without policy gradient (single-stage)",
     "-creative": "EGA, creative by selector",
     "-bid": "EGA, mean bid of a prefix",
+    "learned": "EGA (V2), learned payments",
     "ega_v2": "EGA (V2)",
 }
-"""Policies of the table, in its order."""
+"""Policies of the table, in its order; all but "learned" charge GSP."""
+AUDITED, AUDIT_FACTORS = 24, (*(0.05 * step for step in range(1, 41)), 2.5, 3.0, 4.0)
+"""Test requests whose ads' gains from lying are measured, and the bids that are tried, as factors of the value."""
 
 
-def generated(place: Market, data: PageData, rows: np.ndarray, policy: str, best_of_beam: bool = True, **search: Any) -> pd.DataFrame:
-    """Pages of EGA (V2) for test requests, charged GSP: policy, request_id, slot, ad_id, bid, payment, pctr, creative_id, above.
+def generated(place: Market, data: PageData, rows: np.ndarray, policy: str, rule: Rule = "gsp", best_of_beam: bool = True, **search: Any) -> pd.DataFrame:
+    """Pages of EGA (V2) for test requests: policy, request_id, slot, ad_id, bid, payment, pctr, creative_id, above.
 
-    `best_of_beam` false: the likeliest page of the search, which no reward model has read. `search`: other settings of the search.
+    `best_of_beam` false: the likeliest page of the search, which no reward model has chosen. `search`: other settings of the search.
     """
     import torch
 
-    from model.ega_v2.allocation import page_values
-    from model.ega_v2.beam import search as find
-    from model.ega_v2.network import Decoding
+    from model.ega_v2.allocation import ItemFeatures
+    from model.ega_v2.payment import prices, shown_pages
 
     samples, network, config = place.samples, data.model.core, replace(place.config.training.ega_v2.search, **search)
     frames = []
     with torch.inference_mode():
         for mine, history, catalogue, offers, features in data.groups(rows, samples.slots):
             found = data.city_offers(int(samples.day[mine[0]]), int(samples.city_code[mine[0]]))
+            reserve = torch.from_numpy(found.city.reserve)
             for index, row in enumerate(mine):
                 part = slice(index, index + 1)
-                memory = network.encode(history.rows(part))
-                pages = find(lambda _, memory=memory: Decoding(network, memory, config.beams, network.config.slots), catalogue, offers.rows(part), network.config.slots, config)
-                own = replace_features(features, part)
-                value, worth = page_values(network, memory, pages, offers.rows(part), own)
-                beam = int(torch.where(torch.isfinite(pages.score), value, -torch.inf).argmax()) if best_of_beam else 0
-                ad = pages.ad[0, beam].numpy()
+                own = ItemFeatures(*(values[part] for values in vars(features).values()))
+                shown, page = shown_pages(network, network.encode(history.rows(part)), catalogue, offers.rows(part), own, reserve, config, best_of_beam)
+                ad = page.ad[0, 0].numpy()
                 at = np.flatnonzero(ad >= 0)
-                bid = found.city.bid[ad[at]] * found.city.unit
-                pctr = worth[0, beam].numpy()[at] / np.maximum(found.city.bid[ad[at]], 1e-12)
-                next_score = np.append((pctr * bid)[1:], 0.0)
-                payment = np.clip(next_score / np.maximum(pctr, 1e-12), found.city.reserve[ad[at]] * found.city.unit, bid)
+                money = {"bid": shown.bid, "payment": prices(network, shown, rule)}
                 frames.append(pd.DataFrame({
-                    "policy": policy, "request_id": samples.request_id[row], "slot": np.arange(1, len(at) + 1), "ad_id": np.asarray(samples.ad_id)[found.city.rows[ad[at]]], "bid": bid,
-                    "payment": payment, "pctr": pctr, "creative_id": np.asarray(samples.creative_id)[found.creative_rows[pages.creative[0, beam].numpy()[at]]], "above": at - np.arange(len(at)),
+                    "policy": policy, "request_id": samples.request_id[row], "slot": np.arange(1, len(at) + 1), "ad_id": np.asarray(samples.ad_id)[found.city.rows[ad[at]]],
+                    **{name: values[0].double().numpy()[at] * found.city.unit for name, values in money.items()}, "pctr": shown.ctr[0].numpy()[at],
+                    "creative_id": np.asarray(samples.creative_id)[found.creative_rows[page.creative[0, 0].numpy()[at]]], "above": at - np.arange(len(at)),
                 }))  # fmt: skip
     return pd.concat(frames, ignore_index=True)
-
-
-def replace_features(features: Any, part: slice) -> Any:
-    """Some requests' item features."""
-    return type(features)(*(values[part] for values in vars(features).values()))
 
 
 def with_selected(place: Market, pages: pd.DataFrame, above: str | None = None) -> pd.DataFrame:
@@ -103,10 +97,12 @@ def logged(place: Market, rows: np.ndarray) -> pd.DataFrame:
     })  # fmt: skip
 
 
-def policies(place: Market) -> Iterator[pd.DataFrame]:
-    """Pages of every policy of ROWS on the same test requests."""
+def policies(place: Market, psi: dict[str, float]) -> Iterator[pd.DataFrame]:
+    """Pages of every policy of ROWS on the same test requests; `psi` gains that of each price rule on EGA (V2)'s pages."""
     from marketplace import schema
     from model.ega_v2.data import PageData
+    from model.ega_v2.payment import RULES, psi_of
+    from model.ega_v2.training import audited
     from model.training.run import load_stage
     from model.training.stages import newest
 
@@ -125,6 +121,10 @@ def policies(place: Market) -> Iterator[pd.DataFrame]:
     data = PageData(samples, place.train("ega_v2", v2))
     pages = generated(place, data, rows, "ega_v2")
     yield pages
+    yield generated(place, data, rows, "learned", "learned")
+    few = rows[np.linspace(0, len(rows) - 1, min(len(rows), AUDITED)).astype(int)]
+    lies = audited(data, few, AUDIT_FACTORS, place.config.training.ega_v2.search)
+    psi.update({rule: psi_of(data.model.core, lies, rule)["psi"] for rule in RULES})
     yield with_selected(place, pages.assign(policy="-creative")).assign(above=pages["above"])
     yield generated(place, data, rows, "-bid", bid_of_prefix="mean")
     plain = PageData(samples, load_stage("evaluation", samples, v2, place.folder / "ega_v2" / "stages", seed))
@@ -140,24 +140,26 @@ def v2(config: Path | None = None, seeds: int = 5, quick: bool = False) -> dict[
 
     path = config or DEFAULT
     markets = seeds_of(load_run_config(path).seed, 1 if quick else seeds)
-    started, per_seed, lifts = time.monotonic(), [], []
+    started, per_seed, lifts, regrets = time.monotonic(), [], [], []
     for seed in markets:
+        regrets.append({})
         with market(path, seed, None, _tiny if quick else None) as place:
-            scored = place.truth(pd.concat(policies(place), ignore_index=True))
+            scored = place.truth(pd.concat(policies(place, regrets[-1]), ignore_index=True))
         means = scored.groupby("policy")[["clicks", "revenue", "bid_welfare", "organic_clicks"]].mean()
         per_seed.append({policy: {name: float(value) for name, value in row.items()} for policy, row in means.iterrows()})
         lifts.append({policy: paired_lift(scored, policy, "ega_v2") for policy in ROWS if policy != "ega_v2"})
     summary = {policy: mean_and_deviation([found[policy] for found in per_seed]) for policy in ROWS}
     table = [
         {
-            "policy": label, "true eCTR %": 100 * summary[policy]["clicks"]["mean"], "true eRPM, GSP": 1000 * summary[policy]["revenue"]["mean"], "sd": 1000 * summary[policy]["revenue"]["sd"],
+            "policy": label, "true eCTR %": 100 * summary[policy]["clicks"]["mean"], "true eRPM": 1000 * summary[policy]["revenue"]["mean"], "sd": 1000 * summary[policy]["revenue"]["sd"],
             "bid * clicks per 1000": 1000 * summary[policy]["bid_welfare"]["mean"], "organic clicks %": 100 * summary[policy]["organic_clicks"]["mean"],
         }
         for policy, label in ROWS.items()
     ]  # fmt: skip
+    table = [{**row, "psi %": 100 * mean_and_deviation(regrets)[rule]["mean"] if (rule := {"ega_v2": "gsp", "learned": "learned"}.get(policy, "")) else float("nan")} for policy, row in zip(ROWS, table, strict=True)]
     differences = {policy: pooled([found[policy] for found in lifts]) for policy in lifts[0]}
     second = [{"EGA (V2), true eRPM over": ROWS[policy], "mean": value["lift"], "95 % interval": f"{value['low']:+.4f} to {value['high']:+.4f}"} for policy, value in differences.items()]
-    return {**provenance(path, markets, started), "table": table, "second_table": second, "summary": summary, "differences": differences, "per_seed": per_seed}
+    return {**provenance(path, markets, started), "table": table, "second_table": second, "summary": summary, "differences": differences, "per_seed": per_seed, "psi": mean_and_deviation(regrets), "psi_per_seed": regrets}
 
 
 def _tiny(config: RunConfig) -> RunConfig:
@@ -167,7 +169,8 @@ def _tiny(config: RunConfig) -> RunConfig:
     training = config.training
     v2 = replace(
         training.ega_v2, pretrain=replace(training.ega_v2.pretrain, **short), reward=replace(training.ega_v2.reward, **short),
-        evaluation=replace(training.ega_v2.evaluation, **short), rlaf=replace(training.ega_v2.rlaf, **(short | {"batch": 4, "requests": 16, "validation_requests": 4, "beams": 4})),
+        evaluation=replace(training.ega_v2.evaluation, **short), payment=replace(training.ega_v2.payment, **(short | {"batch": 4, "requests": 4, "validation_requests": 4, "misreports": (0.5, 1.5)})),
+        rlaf=replace(training.ega_v2.rlaf, **(short | {"batch": 4, "requests": 16, "validation_requests": 4, "beams": 4})),
         search=replace(training.ega_v2.search, beams=4),
     )  # fmt: skip
     names = ("recall", "prerank", "pretrain", "reward", "evaluation", "rlaf", "payment")

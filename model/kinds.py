@@ -17,7 +17,7 @@ STAGES: dict[str, tuple[str, ...]] = {
 }
 """In training order. `pretrain` trains what ranks, by the same loss for all; `reward` and `evaluation` are the two evaluators of stage 2."""
 
-BENCH_STAGES: dict[str, tuple[str, ...]] = {"ega_v2": ("tokenize", "pretrain", "reward", "evaluation", "rlaf")}
+BENCH_STAGES: dict[str, tuple[str, ...]] = {"ega_v2": ("tokenize", "pretrain", "reward", "evaluation", "rlaf", "payment")}
 """Of kinds that `ega bench` trains and the pipeline does not serve."""
 
 

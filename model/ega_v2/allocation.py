@@ -61,11 +61,11 @@ def allocate(network: EgaV2, history: History, catalogue: Catalogue, offers: Off
         part = slice(request, request + 1)
         memory = network.encode(history.rows(part))
         pages = search(lambda _, memory=memory: Decoding(network, memory, config.beams, slots), catalogue, offers.rows(part), slots, config)
-        found.append(_most_valuable(network, memory, pages, offers.rows(part), _items(pages, features, request)))
+        found.append(_most_valuable(network, memory, pages, offers.rows(part), items_of(pages, features, request)))
     return Allocation(*(torch.cat(column) for column in zip(*(vars(chosen).values() for chosen in found), strict=True)))
 
 
-def _items(pages: Pages, features: ItemFeatures, request: int) -> PageItems:
+def items_of(pages: Pages, features: ItemFeatures, request: int) -> PageItems:
     """All R pages of one request as the reward model reads them, [R, K, ...]."""
 
     def rows(own: Tensor, index: Tensor, organic: Tensor, place: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def page_values(network: EgaV2, memory: Memory, pages: Pages, offers: Offers, fe
     for request in range(len(offers.bid)):
         part = slice(request, request + 1)
         own = Pages(*(values[part] for values in vars(pages).values()))
-        found.append(_read(network.reward if reward is None else reward, Memory(memory.token[part], memory.mask[part]), own, offers.rows(part), _items(own, features, part.start))[0])
+        found.append(_read(network.reward if reward is None else reward, Memory(memory.token[part], memory.mask[part]), own, offers.rows(part), items_of(own, features, part.start))[0])
     worth = torch.cat(found)
     return worth.sum(-1), worth
 

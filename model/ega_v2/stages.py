@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from model.ega_v2.allocation import ItemFeatures, allocate, page_values
 from model.ega_v2.beam import Catalogue, Offers, Pages, SearchConfig, log_chances, search
 from model.ega_v2.network import Decoding, EgaV2, History, Memory, RewardModel, Rewards, generation_losses
+from model.ega_v2.payment import PaymentConfig
 from model.ega_v2.tokenizer import Features, Tokenizer, TokenizerConfig, TokenizerError, fit, require_healthy
 from model.evaluation.metrics import auc, deviation, log_loss
 from model.training.loop import Device, LoopConfig, StageResult, run_stage
@@ -258,5 +259,7 @@ class V2TrainingConfig:
     """Stage 3, the reward model that judges."""
     rlaf: RlafConfig = RlafConfig()
     """Stage 4."""
+    payment: PaymentConfig = PaymentConfig()
+    """Stage 5."""
     search: SearchConfig = SearchConfig(beams=16)
     """The search that the trained model is used with."""

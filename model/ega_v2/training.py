@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from tqdm import tqdm
 
 from marketplace import schema
+from model.ega_v2.beam import SearchConfig
 from model.ega_v2.data import PageData, place_index
 from model.ega_v2.model import EgaV2Model, audiences
+from model.ega_v2.payment import Audit, audit, joined, train_payment
 from model.ega_v2.stages import V2TrainingConfig, pretrain, train_reward, train_rlaf
 from model.training.data import Samples
 from model.training.loop import Device, StageResult
@@ -34,11 +39,27 @@ def run_stage(stage: str, model: EgaV2Model, samples: Samples, config: V2Trainin
             model.core, model.core.reward if stage == "reward" else model.evaluation, model.enter_stage(stage), lambda rows: (data.history(rows), data.logged_pages(rows)),
             mine[-own.requests :] if own.requests else mine, validation[-own.validation_requests :], stage, own, folder, fingerprint, device,
         )  # fmt: skip
+    if stage == "payment":
+        own = config.payment
+        return train_payment(
+            model.core, audited(data, train[-own.requests :], own.misreports, config.search), audited(data, validation[-own.validation_requests :], own.misreports, config.search),
+            own, folder, fingerprint, device,
+        )  # fmt: skip
     rlaf = config.rlaf
     return train_rlaf(
         model.core, model.enter_stage("rlaf"), lambda rows: data.groups(rows, samples.slots), train[-rlaf.requests :] if rlaf.requests else train,
         validation[-rlaf.validation_requests :], model.core.config.slots, config.search, rlaf, folder, fingerprint, device,
     )  # fmt: skip
+
+
+def audited(data: PageData, rows: np.ndarray, factors: tuple[float, ...], search: SearchConfig) -> Audit:
+    """Requests regenerated for every displayed ad and trial bid."""
+    samples, network = data.samples, data.model.core
+    found = []
+    for mine, history, catalogue, offers, features in tqdm(list(data.groups(rows, samples.slots)), desc="trial bids", unit="day", disable=not sys.stderr.isatty()):
+        city = data.city_offers(int(samples.day[mine[0]]), int(samples.city_code[mine[0]])).city
+        found.append(audit(network, history, catalogue, offers, features, torch.from_numpy(city.reserve), samples.slots, factors, search))
+    return joined(found)
 
 
 def tokenize(model: EgaV2Model, samples: Samples, config: V2TrainingConfig) -> StageResult:

@@ -22,8 +22,10 @@ from model.ega_v2.beam import Pages, SearchConfig
 from model.ega_v2.config import V2Config
 from model.ega_v2.data import PageData, places_of_page
 from model.ega_v2.model import AUDIENCE_WIDTH, audiences
+from model.ega_v2.payment import RULES, Audit, PaymentConfig, Shown, outcomes, prices, psi_of
 from model.ega_v2.stages import PretrainConfig, RewardConfig, RlafConfig, V2TrainingConfig, marginal_rewards
 from model.ega_v2.tokenizer import TokenizerError
+from model.ega_v2.training import audited
 from model.kinds import BENCH_STAGES
 from model.training.data import Samples
 from model.training.run import load_stage, train_stage
@@ -33,7 +35,7 @@ SHORT = {"steps": 3, "batch": 16, "validate_every": 2, "validation_requests": 24
 TRAINING = TrainingConfig(
     ega_v2=V2TrainingConfig(
         pretrain=PretrainConfig(**SHORT), reward=RewardConfig(**SHORT), evaluation=RewardConfig(**SHORT, seed=2),
-        rlaf=RlafConfig(**(SHORT | {"batch": 4, "validation_requests": 4}), requests=12, beams=4), search=SearchConfig(beams=4),
+        rlaf=RlafConfig(**(SHORT | {"batch": 4, "validation_requests": 4}), requests=12, beams=4), payment=PaymentConfig(**(SHORT | {"batch": 4}), requests=6, misreports=(0.5, 1.5)), search=SearchConfig(beams=4),
     ),
     threads=1,
 )  # fmt: skip
@@ -65,11 +67,11 @@ def stages(samples, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(samples, stages) -> PageData:
-    return PageData(samples, load_stage("rlaf", samples, MODEL, stages, 3))
+    return PageData(samples, load_stage("payment", samples, MODEL, stages, 3))
 
 
 def test_stages_are_found_done_and_change_only_what_they_train(samples, stages) -> None:
-    again = train_stage("rlaf", samples.folder, MODEL, TRAINING, stages, stages.parent / "checkpoints", seed=3)
+    again = train_stage("payment", samples.folder, MODEL, TRAINING, stages, stages.parent / "checkpoints", seed=3)
     assert again.result["steps"] >= 1
     before, after = (load_stage(stage, samples, MODEL, stages, 3).state_dict() for stage in ("evaluation", "rlaf"))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
@@ -148,6 +150,43 @@ def test_pages_hold_active_ads_with_their_own_creatives_and_all_organic_items(da
         assert np.array_equal(found.creative_owner[page.creative[shown].numpy()], page.ad[shown].numpy())
         assert bool(torch.gather(offers.active, 1, page.ad.clamp(min=0))[shown].all())
     assert seen == len(rows)
+
+
+@torch.inference_mode()
+def test_trial_bids_regenerate_the_page_and_every_rule_charges_within_bid_and_reserve(data) -> None:
+    rows = data.samples.split_rows(schema.TEST)[:3]
+    found = audited(data, rows, (0.0, 1.0, 3.0), SearchConfig(beams=4))
+    shown = found.place >= 0
+    assert found.trial_place.shape == (3, 3, 3) and bool(shown.all())
+    # The truthful bid among the trials gives the truthful page again.
+    torch.testing.assert_close(found.trial.bid[:, :, 1], found.truth.bid.unsqueeze(1).expand(-1, 3, -1))
+    assert torch.equal(found.trial_place[:, :, 1], found.place)
+    assert bool((found.trial_place[:, :, 0] == -1).all())  # below the reserve
+    core = data.model.core
+    for rule in RULES:
+        for pages in (found.truth, found.trial):
+            price = prices(core, pages, rule)
+            assert bool((price <= pages.bid + 1e-6).all()) and bool((price >= torch.minimum(pages.reserve, pages.bid) - 1e-6).all())
+        paid, utility, regret = outcomes(core, found, rule)
+        assert bool((regret >= 0).all()) and bool((paid >= 0).all())
+        assert np.isfinite(psi_of(core, found, rule)["psi"]) or rule == "first_price"
+    assert float(outcomes(core, found, "first_price")[1].abs().max()) < 1e-6
+
+
+def test_gsp_and_regret_by_hand() -> None:
+    """Places: ad, organic item, ad, empty."""
+    bid, ctr = torch.tensor([[4.0, 0.0, 1.0, 0.0]]), torch.tensor([[0.5, 0.0, 0.25, 0.0]])
+    state = torch.zeros(1, 4, 2)
+    page = Shown(state, bid, ctr, ctr, torch.tensor([[0.1, 0.0, 0.2, 0.0]]))
+    assert prices(None, page, "gsp").tolist() == [[0.5, 0.0, pytest.approx(0.2), 0.0]]
+    # Ad 1 lies and stands third at a third of the price: utility (4 - 0.2) * 0.25 = 0.95 against (4 - 0.5) * 0.5 = 1.75: no regret. Ad 2 lies to the top.
+    low = Shown(state, torch.tensor([[0.5, 0.0, 0.0, 0.0]]), torch.tensor([[0.25, 0.0, 0.0, 0.0]]), ctr, torch.tensor([[0.2, 0.0, 0.0, 0.0]]))
+    high = Shown(state, torch.tensor([[8.0, 0.0, 0.0, 0.0]]), torch.tensor([[0.5, 0.0, 0.0, 0.0]]), ctr, torch.tensor([[0.2, 0.0, 0.0, 0.0]]))
+    trial = Shown(*(torch.stack([a, b], 1).unsqueeze(2) for a, b in zip(vars(low).values(), vars(high).values(), strict=True)))
+    found = Audit(page, torch.tensor([[0, 2]]), torch.tensor([[4.0, 1.0]]), trial, torch.tensor([[[0], [0]]]))
+    paid, utility, regret = outcomes(None, found, "gsp")
+    assert paid.tolist() == [[0.25, pytest.approx(0.05)]] and utility.tolist() == [[1.75, pytest.approx(0.2)]]
+    assert regret.tolist() == [[0.0, pytest.approx((1.0 - 0.2) * 0.5 - 0.2)]]
 
 
 def test_sequences_are_what_users_chose(data) -> None:

@@ -1,0 +1,219 @@
+"""Payments of EGA (V2) at the level of POIs: what an ad would gain by another bid when the page is generated anew, and the network that learns from it.
+
+Beam search is not monotone in a bid, so there is no critical price to compute: regret is measured, over the bids that are tried.
+Shape letters: Q requests, K ads of a page, G trial bids, P places of a page, D width; "..." any leading dimensions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as config_dataclass
+from torch import Tensor
+
+from model.ega_v2.allocation import ItemFeatures, items_of, page_values
+from model.ega_v2.beam import Catalogue, Offers, Pages, SearchConfig, best_page, search
+from model.ega_v2.network import Decoding, EgaV2, History, Memory
+from model.training.loop import Device, LoopConfig, StageResult, run_stage
+
+Rule = Literal["learned", "gsp", "first_price"]
+RULES: tuple[Rule, ...] = get_args(Rule)
+
+
+@config_dataclass(frozen=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
+class PaymentConfig(LoopConfig):
+    """Stage 5: the payment network under a regret constraint (an augmented Lagrangian, as of EGA-V1)."""
+
+    steps: int = Field(300, ge=0)
+    """Most optimiser steps."""
+    batch: int = Field(32, ge=1)
+    """Requests a step."""
+    learning_rate: float = Field(3e-3, gt=0)
+    """Adam's peak rate."""
+    validate_every: int = Field(50, ge=1)
+    """Steps between validations."""
+    requests: int = Field(96, ge=1)
+    """Training requests, newest first; each is answered once for every displayed ad and trial bid."""
+    validation_requests: int = Field(32, ge=1)
+    """Validation requests."""
+    multiplier: float = Field(2.0, ge=0)
+    """lambda at the start."""
+    rho: float = Field(5.0, gt=0)
+    """Quadratic penalty, and step of lambda."""
+    psi_target: float = Field(0.015, gt=0)
+    """Regret over utility at which revenue starts to decide which weights are kept."""
+    misreports: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 0.9, 1.1, 1.25, 1.6, 2.0)
+    """Bids tried, as factors of the value."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Pages as payments see them; money over the city's median bid, 0 in organic and empty places."""
+
+    state: Tensor
+    """[..., P, D] what the reward model's attention made of every item."""
+    bid: Tensor
+    """[..., P]"""
+    ctr: Tensor
+    """[..., P] chance of a click."""
+    exposure: Tensor
+    """[..., P] z of the POI times that chance."""
+    reserve: Tensor
+    """[..., P]"""
+
+    def take(self, index: Tensor) -> Shown:
+        """Some of the requests."""
+        return Shown(*(values[index] for values in vars(self).values()))
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Truthful pages of Q requests, and what the page becomes when one displayed ad bids something else."""
+
+    truth: Shown
+    """[Q, ...]"""
+    place: Tensor
+    """[Q, K] place of each displayed ad, -1 none."""
+    value: Tensor
+    """[Q, K] what a click is worth to it."""
+    trial: Shown
+    """[Q, K, G, ...]"""
+    trial_place: Tensor
+    """[Q, K, G] where the ad then stands, -1: nowhere."""
+
+    def take(self, index: Tensor) -> Audit:
+        """Some of the requests."""
+        return Audit(self.truth.take(index), self.place[index], self.value[index], self.trial.take(index), self.trial_place[index])
+
+
+@torch.no_grad()
+def shown_pages(
+    network: EgaV2, memory: Memory, catalogue: Catalogue, offers: Offers, features: ItemFeatures, reserve: Tensor, config: SearchConfig, best_of_beam: bool = True
+) -> tuple[Shown, Pages]:
+    """The page that each of B offers to one request leads to, for payments and as the search has it ([B, 1, P]).
+
+    `memory` and `features` of that one request; `reserve` [N], over the city's median bid. `best_of_beam` false: the likeliest page, which no
+    reward model has chosen.
+    """
+    batch, slots = len(offers.bid), network.config.slots
+    wide = Memory(memory.token.expand(batch, -1, -1), memory.mask.expand(batch, -1))
+    pages = search(lambda part: Decoding(network, Memory(wide.token[part], wide.mask[part]), config.beams, slots), catalogue, offers, slots, config, requests_at_once=batch)
+    many = ItemFeatures(*(values.expand(batch, *values.shape[1:]) for values in vars(features).values()))
+    value, worth = page_values(network, wide, pages, offers, many)
+    best = best_page(pages, value if best_of_beam else pages.score)
+    found = Pages(*(values[torch.arange(batch), best].unsqueeze(1) for values in vars(pages).values()))
+    ad = found.ad[:, 0]
+    states = []
+    for row in range(batch):
+        own = Pages(*(values[row : row + 1] for values in vars(found).values()))
+        states.append(network.reward.states(memory, items_of(own, many, row)))
+    bid = torch.where(ad >= 0, torch.gather(offers.bid, 1, ad.clamp(min=0)), 0.0)
+    worth = worth[torch.arange(batch), best]
+    ctr = torch.where(ad >= 0, worth / bid.clamp(min=1e-12), 0.0)
+    floor = torch.where(ad >= 0, reserve[ad.clamp(min=0)], 0.0)
+    return Shown(torch.cat(states), bid.float(), ctr.float(), (found.poi_log_z[:, 0].exp() * ctr).float(), floor.float()), found
+
+
+@torch.no_grad()
+def audit(network: EgaV2, history: History, catalogue: Catalogue, offers: Offers, features: ItemFeatures, reserve: Tensor, ads: int, factors: tuple[float, ...], config: SearchConfig) -> Audit:
+    """Regenerate the pages of requests of one city and day for every displayed ad and trial bid. `reserve` [N], over the median bid."""
+    parts = []
+    for request in range(len(offers.bid)):
+        row = slice(request, request + 1)
+        memory, own = network.encode(history.rows(row)), ItemFeatures(*(values[row] for values in vars(features).values()))
+        truth, page = shown_pages(network, memory, catalogue, offers.rows(row), own, reserve, config)
+        shown, place = page.ad[0, 0], torch.full((ads,), -1)
+        at = (shown >= 0).nonzero().squeeze(1)[:ads]
+        place[: len(at)] = at
+        ad = torch.where(place >= 0, shown[place.clamp(min=0)], 0)
+        value = torch.where(place >= 0, offers.bid[request, ad], 0.0).float()
+        bids = offers.bid[request].repeat(ads * len(factors), 1)
+        lie = (torch.tensor(factors, dtype=bids.dtype) * offers.bid[request, ad].unsqueeze(1)).flatten()
+        liar = ad.repeat_interleave(len(factors))
+        bids[torch.arange(len(liar)), liar] = lie
+        count = len(liar)
+        worth = offers.value[request] / offers.bid[request].clamp(min=1e-12)
+        trial = Offers(
+            bids, offers.active[row].expand(count, -1) & (bids >= reserve), bids * worth, offers.organic[row].expand(count, -1, -1), offers.organic_creative[row].expand(count, -1, -1), offers.most_ads
+        )
+        pages, moved = shown_pages(network, memory, catalogue, trial, own, reserve, config)
+        here = moved.ad[:, 0] == liar.unsqueeze(1)
+        where = torch.where(here.any(1), here.int().argmax(1), -1).view(ads, len(factors))
+        parts.append((truth, place, value, Shown(*(values.unflatten(0, (ads, len(factors))) for values in vars(pages).values())), where))
+    return Audit(
+        Shown(*(torch.cat(values) for values in zip(*(vars(part[0]).values() for part in parts), strict=True))), torch.stack([part[1] for part in parts]), torch.stack([part[2] for part in parts]),
+        Shown(*(torch.stack(values) for values in zip(*(vars(part[3]).values() for part in parts), strict=True))), torch.stack([part[4] for part in parts]),
+    )  # fmt: skip
+
+
+def joined(audits: list[Audit]) -> Audit:
+    """Audits of several groups of requests as one."""
+    return Audit(
+        Shown(*(torch.cat(values) for values in zip(*(vars(one.truth).values() for one in audits), strict=True))), torch.cat([one.place for one in audits]), torch.cat([one.value for one in audits]),
+        Shown(*(torch.cat(values) for values in zip(*(vars(one.trial).values() for one in audits), strict=True))), torch.cat([one.trial_place for one in audits]),
+    )  # fmt: skip
+
+
+def prices(network: EgaV2, pages: Shown, rule: Rule) -> Tensor:
+    """Price per click of every place [..., P]; reserve <= price <= bid, 0 where there is no ad."""
+    if rule == "first_price":
+        return pages.bid
+    if rule == "learned":
+        lead = pages.bid.shape[:-1]
+        flat = Shown(*(values.flatten(0, len(lead) - 1) if len(lead) > 1 else values for values in vars(pages).values()))
+        return network.payment(flat.state, flat.bid, flat.exposure, flat.reserve).view(pages.bid.shape)
+    score, below, following = pages.bid * pages.ctr, torch.zeros_like(pages.bid[..., 0]), []
+    for place in range(score.shape[-1] - 1, -1, -1):
+        following.append(below)
+        below = torch.where(pages.bid[..., place] > 0, score[..., place], below)
+    next_score = torch.stack(following[::-1], -1)
+    return torch.minimum(torch.maximum(next_score / pages.ctr.clamp(min=1e-12), pages.reserve), pages.bid)
+
+
+def outcomes(network: EgaV2, found: Audit, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+    """Expected payment, utility and regret of every displayed ad, [Q, K] each; regret over the trial bids, never below 0."""
+    shown = found.place >= 0
+    at = found.place.clamp(min=0)
+    price, ctr = torch.gather(prices(network, found.truth, rule), 1, at), torch.gather(found.truth.ctr, 1, at)
+    there = found.trial_place.clamp(min=0).unsqueeze(-1)
+    trial_price, trial_ctr = (torch.gather(values, -1, there).squeeze(-1) for values in (prices(network, found.trial, rule), found.trial.ctr))
+    gained = torch.where(found.trial_place >= 0, (found.value.unsqueeze(-1) - trial_price) * trial_ctr, 0.0)
+    utility = (found.value - price) * ctr
+    regret = (gained.amax(-1) - utility).clamp(min=0.0)
+    return price * ctr * shown, utility * shown, regret * shown
+
+
+@torch.no_grad()
+def psi_of(network: EgaV2, found: Audit, rule: Rule) -> dict[str, float]:
+    """psi: regret over utility, sums over all displayed ads; and revenue a request over the city's median bid."""
+    paid, utility, regret = outcomes(network, found, rule)
+    total = float(utility.sum())
+    return {"psi": float(regret.sum()) / total if total > 0 else float("nan"), "revenue": float(paid.sum()) / len(found.place)}
+
+
+def train_payment(network: EgaV2, training: Audit, check: Audit, config: PaymentConfig, folder: Path, fingerprint: dict[str, Any], device: Device) -> StageResult:
+    """Stage 5: revenue less lambda * regret less rho / 2 * regret^2 (means a request); lambda follows the regret that is left."""
+    parameters = network.enter_stage("payment")
+    multiplier = torch.tensor(config.multiplier)
+
+    def step(chosen: np.ndarray, _: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        paid, utility, regret = outcomes(network, training.take(torch.from_numpy(chosen)), "learned")
+        revenue, lost = paid.sum() / len(chosen), regret.sum() / len(chosen)
+        loss = -revenue + multiplier.clone() * lost + 0.5 * config.rho * lost**2
+        with torch.no_grad():
+            multiplier.add_(config.rho * lost.detach())
+        return loss, {"psi": float(regret.detach().sum() / utility.detach().sum().clamp(min=1e-9))}
+
+    def validate() -> dict[str, float]:
+        found = psi_of(network, check, "learned")
+        honest = found["psi"] <= config.psi_target
+        return {"score": found["revenue"] if honest else -found["psi"] / config.psi_target, **found}
+
+    return run_stage(
+        "payment", network, parameters, config, np.arange(len(training.place)), step, validate, folder, {**fingerprint, "config": asdict(config)}, device, extra_state={"multiplier": multiplier}
+    )
