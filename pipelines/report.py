@@ -21,7 +21,13 @@ def _truth_sections(truth: dict[str, Any]) -> list[tuple[str, str]]:
     policies = [(name, *values.values()) for name, values in truth["policies"].items()]
     header = ("policy / prices", *(name.replace("_", " ") for name in next(iter(truth["policies"].values()))))
     lifts = [(e["treatment"], e["control"], e["metric"], _lift(e)) for e in truth["lifts"]]
-    bound = truth["limits"]
+    sections = [
+        ("The market's hidden truth about the replayed pages", table(header, [tuple(map(_flat, row)) for row in policies])),
+        ("True lifts on the same requests (95 % interval, clustered by user)", table(("policy", "against", "measure per request", "lift"), lifts)),
+    ]
+    bound = truth.get("limits")
+    if bound is None:  # several creatives an ad, or organic results
+        return sections
     near = [
         (name, *(f"{100 * row[key]:.1f} %" for key in ("welfare_of_limit", "gap_closed", "revenue_of_optimum"))) for name, row in bound["policies"].items()
     ]
@@ -29,11 +35,7 @@ def _truth_sections(truth: dict[str, Any]) -> list[tuple[str, str]]:
         f"<p>Best page of every request, all hidden truth known: welfare W* {number(bound['welfare_per_request'])} a request, of which VCG collects "
         f"{number(bound['vcg_revenue_per_1000'])} per 1000 requests; R*, the most that a truthful auction can collect on average, {number(bound['optimal_revenue_per_1000'])} per 1000.</p>"
     )
-    return [
-        ("The limits of this market", exact + table(("policy / prices", "welfare, of W*", f"gap from {bound['baseline']} to W* closed", "revenue, of R*"), near)),
-        ("The market's hidden truth about the replayed pages", table(header, [tuple(map(_flat, row)) for row in policies])),
-        ("True lifts on the same requests (95 % interval, clustered by user)", table(("policy", "against", "measure per request", "lift"), lifts)),
-    ]
+    return [("The limits of this market", exact + table(("policy / prices", "welfare, of W*", f"gap from {bound['baseline']} to W* closed", "revenue, of R*"), near)), *sections]
 
 
 def _flat(value: Any) -> Any:
@@ -100,8 +102,8 @@ def result_lines(run_dir: Path, summary: dict[str, Any]) -> list[str]:
         lines.append("")
     for entry in (summary.get("truth") or {}).get("lifts", []):
         lines.append(f"true {entry['metric']}: {entry['treatment']} over {entry['control']}".ljust(58) + _lift(entry))
-    if summary.get("truth"):
-        bound = summary["truth"]["limits"]
+    bound = (summary.get("truth") or {}).get("limits")
+    if bound is not None:
         lines.append(
             f"true welfare of {policy}".ljust(58) + f"{100 * bound['policies'][policy]['welfare_of_limit']:.1f} % of the best pages' "
             f"({bound['baseline']} {100 * bound['policies'][bound['baseline']]['welfare_of_limit']:.1f} %)"
