@@ -177,6 +177,20 @@ def test_evidently_shows_the_same_lift_and_the_same_drift_scores(report):
     assert list(out.iterdir()) == [out / "evidently.html"]
 
 
+def test_amounts_that_differ_by_rounding_alone_do_not_end_the_report(report, tmp_path):
+    """Bids that never move: log(bid) minus its earlier mean is one number and its last bits."""
+    from monitoring import evidently_report
+    from monitoring.verdict import ExperimentPlan
+
+    result, _ = report
+    moved = np.where(np.arange(300) % 2, 0.25, np.nextafter(0.25, 1))
+    now, before = (pd.DataFrame({"value": value, "day": pd.Timestamp("2026-03-01"), "unit": np.arange(300)}) for value in (moved, np.zeros(300)))
+    column = drift.DriftColumn("bid change", "bid", "numeric", now, before)
+    row = drift.measure(column, drift.DriftConfig())
+    snapshot = evidently_report.write(tmp_path, result.analysis, ExperimentPlan(), [column], [row], drift.DriftConfig())
+    assert row.drifted and next(v["value"] for v in snapshot["metrics"] if v["metric_name"].startswith("ValueDrift")) > row.threshold
+
+
 def test_completeness_is_the_least_share_and_an_empty_experiment_is_complete():
     assert completeness_of({"impressions": 990, "clicks": 10, "purchases": 0}, {"impressions": 1000, "clicks": 10, "purchases": 0}) == 0.99
     assert completeness_of({"impressions": 0, "clicks": 0, "purchases": 0}, {"impressions": 0, "clicks": 0, "purchases": 0}) == 1.0
