@@ -23,7 +23,7 @@ def describe(result: MonitorResult) -> str:
     lines.append(f"  {'Users':34}{number(record['arms'][control]['users']):>12}{number(record['arms'][treatment]['users']):>12}")
     for name in HEADLINE:
         row = record["lifts"][name]
-        lift = f"{percent(row['lift'])} ({percent(row['lift_low'])} to {percent(row['lift_high'])})" if row["relative_is_safe"] else "too uncertain for a relative lift"
+        lift = f"{percent(row['lift'])} ({percent(row['lift_low'])} to {percent(row['lift_high'])})" if row["relative_is_safe"] else f"difference {number(row['difference'])} ({number(row['difference_low'])} to {number(row['difference_high'])})".replace("-", "\N{MINUS SIGN}")
         lines.append(f"  {row['label']:34}{number(row['control']):>12}{number(row['treatment']):>12}   {lift}")
     for arm, other in list(record["treatments"].items())[1:]:
         row = other["lifts"][record["primary"]]
@@ -76,12 +76,9 @@ def monitor(
             return result.exit_code
         if reference is None:
             raise ValueError("a retraining needs the logs of the period before: give a reference")
-        from monitoring.retraining import merge_logs
+        from monitoring.retraining import training_logs
 
-        joined = out / "logs" if (traffic / "events").is_dir() else traffic
-        logs = out / f"retrain-{result.retraining_day}"
-        if not logs.exists():
-            merge_logs(reference, joined, logs)
+        logs = training_logs(reference, result.traffic, out)
     except (LogError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

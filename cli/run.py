@@ -176,11 +176,11 @@ def _truth(run_dir: Path) -> dict[str, Any]:
 
 
 def _experiment(config: RunConfig, run_dir: Path, home: Path) -> dict[str, Any]:
-    from cli.ab import execute
+    from cli.ab import Experiment, execute
     from cli.monitor import describe
     from monitoring.report import MonitorResult
 
-    summary, result = execute(run_dir, home, config.experiment.monitor, config.experiment.driver, title=f"{run_dir.name}: experiment")
+    summary, result = execute(Experiment(run_dir, home, config.experiment.monitor, config.experiment.driver, f"{run_dir.name}: experiment"))
     say(f"  {summary.answered:,} requests answered, {summary.errors} failed, {summary.clicks:,} clicks")
     if not isinstance(result, MonitorResult):
         say(result.text())
@@ -260,7 +260,7 @@ def ab_command(config_path: Path, run: str | None, runs: Path, url: str | None, 
     """Drive services with the users of a run's world; `plan_only`: say how long to run, and stop."""
     import dataclasses
 
-    from cli.ab import ab, plan_text
+    from cli.ab import Experiment, ab, plan_text
     from pipelines.config import load_run_config
 
     config = load_run_config(config_path)
@@ -272,11 +272,13 @@ def ab_command(config_path: Path, run: str | None, runs: Path, url: str | None, 
         driver = dataclasses.replace(driver, treatment_policy=driver.control_policy)
     if shadow:
         driver = dataclasses.replace(driver, shadow=True)
+    experiment = Experiment(
+        run_dir, ega_home() / config.name, config.experiment.monitor, driver, f"{run_dir.name}: experiment", url=url, token=os.environ.get("EGA_SERVING_TOKEN")
+    )
     if plan_only:
-        say(plan_text(run_dir, config.experiment.monitor, driver))
+        say(plan_text(experiment))
         return 0
-    token = os.environ.get("EGA_SERVING_TOKEN")
-    return ab(run_dir, ega_home() / config.name, config.experiment.monitor, driver, url=url, token=token)
+    return ab(experiment)
 
 
 def monitor_command(traffic: Path, reference: Path | None, out: Path | None, config_path: Path | None, workspace: Path | None = None, retrain: bool = False) -> int:

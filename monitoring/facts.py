@@ -81,12 +81,15 @@ def join_events(impressions: pd.DataFrame, events: pd.DataFrame, window_hours: f
     """Shown ads with their outcomes, each once, sorted by key.
 
     Args:
-        impressions: IMPRESSIONS columns, any order, any number of copies; their own outcome columns are ignored.
+        impressions: IMPRESSIONS columns, any order, any number of copies; their own clicks and purchases are ignored.
         events: EVENT_COLUMNS, likewise.
         window_hours: attribution window, from the impression.
     A purchase counts only with a counted click.
     """
     shown = _first_by_key(impressions, KEY, ["event_timestamp", "ad_id"])
+    if "creative_click" in shown and len(shown) < len(impressions):  # a copy written before the creative was opened must not hide that it was
+        opened = impressions.loc[impressions["creative_click"] == 1, [*KEY, "ad_id"]]
+        shown["creative_click"] = pd.MultiIndex.from_frame(shown[[*KEY, "ad_id"]]).isin(pd.MultiIndex.from_frame(opened)).astype(shown["creative_click"].dtype)
     unique = _first_by_key(events, ["kind", *KEY], ["event_timestamp", "order_value"])
     ads = len(impressions.drop_duplicates([*KEY, "ad_id"]))
     outcome = {kind: unique.loc[unique["kind"] == kind, [*KEY, "event_timestamp", "order_value"]] for kind in ("click", "purchase")}

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from monitoring.drift import METHOD_NAMES, DriftRow
-from monitoring.verdict import HEADLINE, METRICS
+from monitoring.verdict import HEADLINE, METRICS, ExperimentPlan
 
 _TONE = {"ship": "good", "win_not_safe": "warn", "keep_running": "calm", "no_difference": "calm", "stop": "bad", "invalid": "bad"}
 
@@ -220,10 +220,10 @@ def _table(heads: list[str], rows: list[list[str]]) -> str:
     return f'<table class="stack"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 
-def _guardrail_card(result: dict[str, Any]) -> str:
+def _guardrail_card(result: dict[str, Any], plan: ExperimentPlan) -> str:
     rows = []
     for g in result["guardrails"]:
-        exact = f"; exact p {p_text(g['exact_p'])}" if g.get("exact_p") is not None else ""
+        exact = f"; exact p {p_text(g['exact_p'])}" if g["exact_p"] is not None else ""
         limit = f"{'above' if g['relative'] else 'below'} {percent(g['limit'])}"
         rows.append([escape(g["label"]), percent(g["value"]), f"{percent(g['low'])} to {percent(g['high'])}{exact}", limit, _state(g["passed"], "proven", "harmed") if g["passed"] or g["harmed"] else '<span class="state warn">not proven</span>'])
     for c in result["calibration"]:
@@ -232,7 +232,7 @@ def _guardrail_card(result: dict[str, Any]) -> str:
     ratio = result["sample_ratio"]
     rows.append(["Users split as planned", f"p = {p_text(ratio['p'])}", "", "p at least 0.0005", _state(ratio["passed"], "yes", "no: invalid")])
     if result["completeness"] is not None:
-        rows.append(["Log holds what clients saw", f"{100 * result['completeness']:.2f} %", "", "at least 99.9 %", _state(result["completeness"] >= 0.999, "yes", "no: invalid")])
+        rows.append(["Log holds what clients saw", f"{100 * result['completeness']:.2f} %", "", f"at least {100 * plan.least_completeness:g} %", _state(result["completeness"] >= plan.least_completeness, "yes", "no: invalid")])
     return f'<section class="card"><h2>Checks and guardrails</h2>{_table(["", "value", "95 % interval", "wanted", "state"], rows)}</section>'
 
 
@@ -274,12 +274,12 @@ _COUNT_TEXT = {
 }
 
 
-def _notes_card(result: dict[str, Any], alpha: float, window_hours: float) -> str:
+def _notes_card(result: dict[str, Any], plan: ExperimentPlan) -> str:
     main, counts = result["lifts"][result["primary"]], result["counts"]
     rule = "one look at the planned size (Welch's test on per-user sums)" if result["rule"] == "fixed" else "the always-valid interval, at any look"
     rows = [
         ("Unit", "the user; ratios of sums over users, variance by the delta method, log interval for lifts"),
-        ("Decided by", f"{escape(main['label'])}, {rule}, two-sided error {100 * alpha:g} %; p of the other metrics is adjusted (Benjamini-Hochberg)"),
+        ("Decided by", f"{escape(main['label'])}, {rule}, two-sided error {100 * plan.alpha:g} %; p of the other metrics is adjusted (Benjamini-Hochberg)"),
         ("May be watched daily", f"always-valid interval of the deciding lift: {percent(main['always_valid_low'])} to {percent(main['always_valid_high'])}"),
         ("This size finds", f"lifts of {escape(main['label'])} from {percent(main['least_detectable_lift'])} on, four times out of five"),
     ]
@@ -294,7 +294,7 @@ def _notes_card(result: dict[str, Any], alpha: float, window_hours: float) -> st
         c = result["cuped"]
         text = f"{percent(c['lift'])} ({percent(c['lift_low'])} to {percent(c['lift_high'])}), correlation with the pre-period {c['correlation']:.2f}; shown, does not decide"
         rows.append(("With the users' own past taken out (CUPED)", text))
-    rows.append(("Counted", f"clicks and purchases within {window_hours:g} h of their impression: {number(counts['clicks'])} clicks, {number(counts['purchases'])} purchases; observed only, no simulator truth"))
+    rows.append(("Counted", f"clicks and purchases within {plan.window_hours:g} h of their impression: {number(counts['clicks'])} clicks, {number(counts['purchases'])} purchases; observed only, no simulator truth"))
     odd = "; ".join(f"{number(counts[key])} {text}" for key, text in _COUNT_TEXT.items() if counts[key]) or "nothing"
     rows.append(("Did not fit", odd))
     return '<section class="card"><h2>How this was computed</h2><dl>' + "".join(f"<dt>{k}</dt><dd>{v}</dd>" for k, v in rows) + "</dl></section>"
@@ -354,10 +354,9 @@ def _segments_card(result: dict[str, Any], control: str, treatment: str) -> str:
     return f'<section class="card" id="segments"><h2>Segments</h2><p class="soft">{escape(text)}</p>{_table(["", "metric", "users", "lift, 95 % interval", "p", ""], rows)}</section>'
 
 
-def render(
-    result: dict[str, Any], days: pd.DataFrame, drift_rows: list[DriftRow], drift_note: str, control: str, treatment: str, title: str, alpha: float, window_hours: float, experiment: dict[str, Any] | None
-) -> str:
-    """The whole page. `result` is the content of ab_result.json, `days` the sums by arm and day, `experiment` the driver's summary if there is one."""
+def render(result: dict[str, Any], days: pd.DataFrame, drift_rows: list[DriftRow], drift_note: str, plan: ExperimentPlan, title: str) -> str:
+    """The whole page. `result` is the content of ab_result.json, `days` the sums by arm and day."""
+    control, treatment = plan.control, plan.treatment
     verdict = result["verdict"]
     dates = sorted(days["day"].unique())
     span = "no traffic" if not dates else (dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}")
@@ -380,12 +379,12 @@ def render(
 </div>
 {_treatments_card(result, control)}
 {_alarms_card(texts)}
-{_guardrail_card(result)}
+{_guardrail_card(result, plan)}
 <section class="card"><h2>More numbers</h2>{_arms_table(result, control, treatment, rest, True)}</section>
 {_segments_card(result, control, treatment)}
 {_drift_card(drift_rows, drift_note)}
-{_service_card(experiment)}
-{_notes_card(result, alpha, window_hours)}
+{_service_card(result["service"])}
+{_notes_card(result, plan)}
 <footer>Policies: {escape(policies)}. Beside this page: <a href="evidently.html">evidently.html</a> (distributions), <a href="ab_result.json">ab_result.json</a> (the same numbers for machines).</footer>
 </main></body></html>
 """

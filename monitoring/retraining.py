@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -10,6 +11,15 @@ import pandas as pd
 
 from marketplace import logs
 from marketplace.schema import OPTIONAL_TABLES, TABLES
+
+
+def training_logs(reference: Path, traffic: Path, folder: Path) -> Path:
+    """`merge_logs` into `<folder>/retrain-<hash of both>`: the same two folders of logs give the same one, which is written once."""
+    identity = hashlib.sha256((logs.data_hash(Path(reference)) + logs.data_hash(Path(traffic))).encode()).hexdigest()[:12]
+    out = Path(folder) / f"retrain-{identity}"
+    if not out.exists():
+        merge_logs(reference, traffic, out)
+    return out
 
 
 def merge_logs(reference: Path, traffic: Path, out: Path) -> dict[str, int]:

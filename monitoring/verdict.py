@@ -166,6 +166,17 @@ def users_with_prices(users: pd.DataFrame, facts: Facts, prices: pd.DataFrame | 
     return joined
 
 
+def _guardrail(
+    name: str, label: str, value: float, low: float, high: float, limit: float, harmed: bool, relative: bool = False, users_needed: float = math.nan, exact_p: float | None = None
+) -> dict[str, Any]:
+    """One guardrail as the report shows it (F11). `relative`: a lift that must stay above `limit`; else a rise that must stay below it."""
+    passed = low > limit if relative else high < limit
+    return {
+        "name": name, "label": label, "value": value, "low": low, "high": high, "limit": limit, "passed": bool(passed), "harmed": bool(harmed), "relative": relative,
+        "users_needed": users_needed, "exact_p": exact_p,
+    }  # fmt: skip
+
+
 def _overcharge(users: pd.DataFrame, plan: ExperimentPlan) -> dict[str, Any] | None:
     """Guardrail of honest prices: charged over critical price of the treatment, upper bound below 1 + margin (F11)."""
     if "critical" not in users:
@@ -174,18 +185,7 @@ def _overcharge(users: pd.DataFrame, plan: ExperimentPlan) -> dict[str, Any] | N
     if not (estimate.value > 0 and estimate.users > 1):
         return None
     off = ab_stats.lift(ab_stats.Estimate(1.0, 0.0, 10**9), estimate, plan.alpha)
-    return {
-        "name": "charged_over_critical",
-        "label": "Charged over critical price",
-        "value": off.value,
-        "low": off.low,
-        "high": off.high,
-        "limit": plan.overcharge_margin,
-        "passed": bool(off.high < plan.overcharge_margin),
-        "harmed": bool(off.low > plan.overcharge_margin),
-        "users_needed": math.nan,
-        "relative": False,
-    }
+    return _guardrail("charged_over_critical", "Charged over critical price", off.value, off.low, off.high, plan.overcharge_margin, off.low > plan.overcharge_margin)
 
 
 def _lift_record(users: pd.DataFrame, name: str, plan: ExperimentPlan, planned: int) -> dict[str, Any]:
@@ -238,46 +238,21 @@ def _cuped_record(users: pd.DataFrame, before: pd.DataFrame | None, plan: Experi
 def _guardrails(users: pd.DataFrame, lifts: dict[str, dict[str, Any]], plan: ExperimentPlan, planned: int) -> list[dict[str, Any]]:
     """Proven by the plan's own interval, harmed only by the always-valid one: a guardrail may stop the test at any look."""
     records = []
-    share = (plan.treatment_share) / (1 - plan.treatment_share)
+    share = plan.treatment_share / (1 - plan.treatment_share)
     for name, margin in plan.guardrails.items():
         record = lifts[name]
         low, high = (record["always_valid_low"], record["always_valid_high"]) if plan.rule == "always_valid" else (record["lift_low"], record["lift_high"])
         needed = ab_stats.users_needed(record["spread"], -margin, share) * (1 + share) if record["spread"] > 0 else math.nan
-        records.append(
-            {
-                "name": name,
-                "label": METRICS[name].label,
-                "value": record["lift"],
-                "low": low,
-                "high": high,
-                "limit": -margin,
-                "passed": bool(low > -margin),
-                "harmed": bool(record["always_valid_high"] < -margin),
-                "users_needed": needed,
-                "relative": True,
-            }
-        )
+        harmed = record["always_valid_high"] < -margin
+        records.append(_guardrail(name, METRICS[name].label, record["lift"], low, high, -margin, harmed, relative=True, users_needed=needed))
     for name, label in (("slow", f"Answers slower than {plan.slow_answer_ms:g} ms"), ("degraded", "Degraded answers")):
         if name not in users:
             continue
         a, b = (arm_estimate(users, arm, name, "answered") for arm in (plan.control, plan.treatment))
         change = ab_stats.difference(a, b, plan.alpha)
         sequence = ab_stats.always_valid(change.value, change.standard_error**2, max(1, a.users + b.users), planned, plan.alpha)
-        records.append(
-            {
-                "name": name,
-                "label": label,
-                "value": change.value,
-                "low": change.low,
-                "high": change.high,
-                "limit": plan.service_margin,
-                "passed": bool(change.high < plan.service_margin),
-                "harmed": bool(sequence.low > plan.service_margin),
-                "users_needed": math.nan,
-                "relative": False,
-                "exact_p": _exact_p(users, plan, name),
-            }
-        )
+        harmed = sequence.low > plan.service_margin
+        records.append(_guardrail(name, label, change.value, change.low, change.high, plan.service_margin, harmed, exact_p=_exact_p(users, plan, name)))
     overcharge = _overcharge(users, plan)
     if overcharge is not None:
         records.append(overcharge)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from cli import ab, monitor
+from monitoring.experiment import DriverConfig
+from monitoring.report import MonitorConfig
 
 
 def test_monitor_wants_exactly_one_source(tmp_path, capsys):
@@ -17,7 +19,7 @@ def test_monitor_without_traffic_says_who_writes_it(tmp_path, capsys):
 
 
 def test_ab_needs_a_run_with_simulated_users(tmp_path, capsys):
-    assert ab.ab(tmp_path, tmp_path / "home", progress=False) == 1
+    assert ab.ab(ab.Experiment(tmp_path, tmp_path / "home", MonitorConfig(), DriverConfig(), progress=False)) == 1
     assert "simulated users" in capsys.readouterr().err
 
 
