@@ -13,15 +13,14 @@ if TYPE_CHECKING:
 
 def describe(result: MonitorResult) -> str:
     """The result for a terminal: verdict, reasons, the headline lifts, where the page is."""
-    from monitoring.page import number, percent
-    from monitoring.verdict import HEADLINE
+    from monitoring.page import number, percent, shown_first
 
     record = result.analysis.result
     control, treatment = list(record["arms"])[0], record["treatment"]
     lines = ["", result.analysis.verdict.headline, f"  {result.analysis.verdict.sentence}", *[f"  - {reason}" for reason in result.analysis.verdict.reasons], ""]
     lines.append(f"  {'':34}{control:>12}{treatment:>12}   lift (95 % interval)")
     lines.append(f"  {'Users':34}{number(record['arms'][control]['users']):>12}{number(record['arms'][treatment]['users']):>12}")
-    for name in HEADLINE:
+    for name in shown_first(record):
         row = record["lifts"][name]
         lift = f"{percent(row['lift'])} ({percent(row['lift_low'])} to {percent(row['lift_high'])})" if row["relative_is_safe"] else f"difference {number(row['difference'])} ({number(row['difference_low'])} to {number(row['difference_high'])})".replace("-", "\N{MINUS SIGN}")
         lines.append(f"  {row['label']:34}{number(row['control']):>12}{number(row['treatment']):>12}   {lift}")

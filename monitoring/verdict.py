@@ -167,13 +167,14 @@ def users_with_prices(users: pd.DataFrame, facts: Facts, prices: pd.DataFrame | 
 
 
 def _guardrail(
-    name: str, label: str, value: float, low: float, high: float, limit: float, harmed: bool, relative: bool = False, users_needed: float = math.nan, exact_p: float | None = None
-) -> dict[str, Any]:
-    """One guardrail as the report shows it (F11). `relative`: a lift that must stay above `limit`; else a rise that must stay below it."""
+    name: str, label: str, value: float, low: float, high: float, limit: float, harmed: bool, relative: bool = False, users_needed: float = math.nan, unit: str = "%", exact_p: float | None = None
+) -> dict[str, Any]:  # fmt: skip
+    """One guardrail as the report shows it (F11). `relative`: a lift that must stay above `limit`; else a rise that must stay below it.
+    `unit`: "%" for relative changes, "pp" (percentage points) for differences of shares."""
     passed = low > limit if relative else high < limit
     return {
         "name": name, "label": label, "value": value, "low": low, "high": high, "limit": limit, "passed": bool(passed), "harmed": bool(harmed), "relative": relative,
-        "users_needed": users_needed, "exact_p": exact_p,
+        "unit": unit, "users_needed": users_needed, "exact_p": exact_p,
     }  # fmt: skip
 
 
@@ -252,7 +253,7 @@ def _guardrails(users: pd.DataFrame, lifts: dict[str, dict[str, Any]], plan: Exp
         change = ab_stats.difference(a, b, plan.alpha)
         sequence = ab_stats.always_valid(change.value, change.standard_error**2, max(1, a.users + b.users), planned, plan.alpha)
         harmed = sequence.low > plan.service_margin
-        records.append(_guardrail(name, label, change.value, change.low, change.high, plan.service_margin, harmed, exact_p=_exact_p(users, plan, name)))
+        records.append(_guardrail(name, label, change.value, change.low, change.high, plan.service_margin, harmed, unit="pp", exact_p=_exact_p(users, plan, name)))
     overcharge = _overcharge(users, plan)
     if overcharge is not None:
         records.append(overcharge)
@@ -295,12 +296,16 @@ def _calibration(users: pd.DataFrame, expected: dict[str, ab_stats.Estimate], pl
     return records
 
 
-def _percent(value: float, digits: int = 1) -> str:
-    return "unknown" if not math.isfinite(value) else f"{100 * value:+.{digits}f} %".replace("-", "\N{MINUS SIGN}")
+def _percent(value: float, digits: int = 1, unit: str = "%") -> str:
+    return "unknown" if not math.isfinite(value) else f"{100 * value:+.{digits}f} {unit}".replace("-", "\N{MINUS SIGN}")
 
 
-def _interval(low: float, high: float) -> str:
-    return f"{_percent(low)} to {_percent(high)}"
+def _interval(low: float, high: float, unit: str = "%") -> str:
+    return f"{_percent(low, unit=unit)} to {_percent(high, unit=unit)}"
+
+
+def _guardrail_text(record: dict[str, Any]) -> str:
+    return f"{record['label']}: {_percent(record['value'], unit=record['unit'])} ({_interval(record['low'], record['high'], record['unit'])})"
 
 
 def _broken(facts: Facts, users: pd.DataFrame, plan: ExperimentPlan, responses: pd.DataFrame | None, completeness: float | None) -> list[str]:
@@ -345,7 +350,7 @@ def decide(
         worst = main["always_valid_high"] if sequence_harm and not may_decide else high
         return Verdict("stop", f"Stop: {arm} loses {name}", f"{arm} loses at least {_percent(-worst).lstrip('+')} of {name}: {result}.", [])
     if harmed:
-        reasons = [f"{g['label']}: {_percent(g['value'])} ({_interval(g['low'], g['high'])}), limit {_percent(g['limit'])}." for g in harmed]
+        reasons = [f"{_guardrail_text(g)}, limit {_percent(g['limit'], unit=g['unit'])}." for g in harmed]
         return Verdict("stop", f"Stop: {arm} breaks a guardrail", f"{harmed[0]['label']} is beyond its limit. {result}.", reasons)
     unproven = [g for g in guardrails if not g["passed"]]
     if may_decide and main["lift"] > 0 and p < plan.alpha:
@@ -354,7 +359,7 @@ def decide(
             return Verdict("ship", f"Ship {arm}: {name} {_percent(main['lift'])}", f"{result}{'; ' + safe if safe else ''}.", [])
         reasons = []
         for g in unproven:
-            text = f"{g['label']}: {_percent(g['value'])} ({_interval(g['low'], g['high'])}), must be shown to stay {'above' if g['relative'] else 'below'} {_percent(g['limit'])}"
+            text = f"{_guardrail_text(g)}, must be shown to stay {'above' if g['relative'] else 'below'} {_percent(g['limit'], unit=g['unit'])}"
             more = f"; about {max(0, math.ceil(g['users_needed']) - users):,} more users" if math.isfinite(g["users_needed"]) and g["users_needed"] > users else ""
             reasons.append(f"{text}{more}.")
         return Verdict("win_not_safe", f"A win, not yet safe: {name} {_percent(main['lift'])}", f"{result}, but not every guardrail is proven.", reasons)
