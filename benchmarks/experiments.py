@@ -252,6 +252,10 @@ INJECTED: dict[str, tuple[Callable[[Tables, np.random.Generator], Tables], str]]
 """Change: (what it does to one day's tables, what the report must say)."""
 
 
+def _beginning(text: str, most: int = 120) -> str:
+    return text if len(text) <= most else text[:most].rsplit(" ", 1)[0] + " \N{HORIZONTAL ELLIPSIS}"
+
+
 def alarms(worlds: int = 1, clean_days: int = 20, users: int = 3000, seed: int = 0, progress: bool = True, reference_days: int = 14) -> dict[str, Any]:
     """Daily reports on clean traffic (no alarm may be raised) and on one day of each injected change (it must be named)."""
     from marketplace import logs
@@ -292,7 +296,7 @@ def alarms(worlds: int = 1, clean_days: int = 20, users: int = 3000, seed: int =
             found = look(build_facts(changed["requests"], changed["impressions"]), tables_of(changed), before, past, config, responses)
             texts = [*found.analysis.verdict.reasons, *found.alarms]
             said = next((text for text in texts if named in text), "")
-            rows.append({"change": name, "world": world, "named": bool(said), "alarms": len(texts), "said": said[:110]})
+            rows.append({"change": name, "world": world, "named": bool(said), "alarms": len(texts), "said": _beginning(said)})
     return {
         "users": users,
         "requests_per_day": int(len(injected["requests"])),
@@ -382,4 +386,9 @@ def events(count: int = 1_000_000, most_copies: int = 1, seed: int = 0) -> dict[
     return {"events": truth["impressions"] + truth["clicks"] + truth["purchases"], "most_copies": most_copies, **measured, "equal_to_the_truth": exact}
 
 
-EXPERIMENTS: dict[str, Callable[..., dict[str, Any]]] = {"ab": ab, "alarms": alarms, "events": events}
+def joins(seed: int = 0) -> dict[str, Any]:
+    """A million distinct events, each delivered once, and each one to five times."""
+    return {"table": [events(most_copies=copies, seed=seed) for copies in (1, 5)]}
+
+
+EXPERIMENTS: dict[str, Callable[..., dict[str, Any]]] = {"ab": ab, "alarms": alarms, "events": joins}
