@@ -140,8 +140,11 @@ def write(
         snapshot = report.run(Dataset.from_pandas(current, data_definition=definition), before, timestamp=None if last is None else pd.Timestamp(last).to_pydatetime(), name=title)
     out.mkdir(parents=True, exist_ok=True)
     part = out / ".evidently.part.html"
-    snapshot.save_html(str(part))
-    part.replace(out / "evidently.html")
+    try:
+        snapshot.save_html(str(part))
+        part.replace(out / "evidently.html")
+    finally:
+        part.unlink(missing_ok=True)
     if workspace is not None:
         _add_to(workspace, snapshot, plan, [column.name for column in columns])
     return snapshot.dict()

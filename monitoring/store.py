@@ -42,7 +42,7 @@ EVENTS = pa.schema(
 """Raw outcome events: kind "click" or "purchase"; order_value in currency, 0 for clicks."""
 
 STATE = "store.json"
-ROWS_AT_ONCE = 2_000_000
+ROWS_AT_ONCE = 500_000
 """Rows of one task; a day with more is joined in buckets of request ids."""
 LOOK_BACK_DAYS = 7
 """An event whose impression is older than this counts as an orphan, not as late."""
@@ -237,11 +237,13 @@ def update(raw: Path, out: Path, window_hours: float = 24.0, rows_at_once: int =
         buckets = 1 << max(0, int(np.ceil(np.log2(max(1, rows) / rows_at_once))))
         part = out / f".{day}.part"
         shutil.rmtree(part, ignore_errors=True)
-        tasks = [dask.delayed(_join_bucket)(raw, part, day, window_hours, bucket, buckets) for bucket in range(buckets)]
-        counts = add_counts(dask.compute(*tasks, scheduler="threads", num_workers=workers))
-        for table in (name for name in ("requests", "impressions") if (part / name).is_dir()):
-            replace_folder(part / table, out / table / f"day={day}")
-        shutil.rmtree(part, ignore_errors=True)
+        try:
+            tasks = [dask.delayed(_join_bucket)(raw, part, day, window_hours, bucket, buckets) for bucket in range(buckets)]
+            counts = add_counts(dask.compute(*tasks, scheduler="threads", num_workers=workers))
+            for table in (name for name in ("requests", "impressions") if (part / name).is_dir()):
+                replace_folder(part / table, out / table / f"day={day}")
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
         state[str(day)] = {"digest": digest, "counts": asdict(counts)}
         logs.write_bytes(out / STATE, (json.dumps({"days": dict(sorted(state.items()))}, indent=1) + "\n").encode())
         written.append(day)

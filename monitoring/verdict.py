@@ -278,18 +278,18 @@ MOST_FOR_BOSCHLOO = 400
 EXACT_CALIBRATION = ab_stats.Estimate(1.0, 0.0, 10**9)
 
 
-def _expected_calibration(before: pd.DataFrame | None) -> ab_stats.Estimate:
+def _expected_calibration(before: pd.DataFrame | None, day_variance: float) -> ab_stats.Estimate:
     """Predicted over observed clicks of the reference period's last days; 1 where there is none."""
     if before is None or not before["clicks"].sum() > 0:
         return EXACT_CALIBRATION
-    return ab_stats.ratio_per_user(before["predicted"].to_numpy(), before["clicks"].to_numpy())
+    return integrity.with_day_variance(ab_stats.ratio_per_user(before["predicted"].to_numpy(), before["clicks"].to_numpy()), day_variance, CALIBRATION_DAYS)
 
 
-def _calibration(users: pd.DataFrame, expected: dict[str, ab_stats.Estimate], plan: ExperimentPlan) -> list[dict[str, Any]]:
+def _calibration(users: pd.DataFrame, expected: dict[str, ab_stats.Estimate], plan: ExperimentPlan, day_variance: float, days: int) -> list[dict[str, Any]]:
     """Predicted over observed clicks of each arm. Expected is 1; of an arm whose policy wrote the reference logs, what it had just before (with that figure's own error)."""
     records = []
     for arm, wanted in expected.items():
-        estimate = arm_estimate(users, arm, "predicted", "clicks")
+        estimate = integrity.with_day_variance(arm_estimate(users, arm, "predicted", "clicks"), day_variance, days)
         own, off = ab_stats.lift(EXACT_CALIBRATION, estimate, plan.alpha), ab_stats.lift(wanted, estimate, plan.alpha)
         alarm = off.low > plan.calibration_margin or off.high < -plan.calibration_margin
         records.append({"arm": arm, "predicted_over_observed": estimate.value, "low": 1 + own.low, "high": 1 + own.high, "expected": wanted.value, "alarm": bool(alarm)})
@@ -423,7 +423,8 @@ def analyse(
     pairs = [dataclasses.replace(plan, treatment=arm, others={}) for arm in plan.treatments]
     judged = _judge(facts, users, pairs, broken, plan.planned_users)
     main = judged[plan.treatment]
-    expected = {arm: _expected_calibration(recent) if before is not None and policies(facts, arm) <= policies(before) else EXACT_CALIBRATION for arm in arms}
+    day_variance = 0.0 if before is None else integrity.calibration_day_variance(before)
+    expected = {arm: _expected_calibration(recent, day_variance) if before is not None and policies(facts, arm) <= policies(before) else EXACT_CALIBRATION for arm in arms}
     counts = [int((users["arm"] == arm).sum()) for arm in arms]
     shares = list(plan.shares.values())
     known_users = None if past is None else set(past["user_id"])
@@ -441,8 +442,8 @@ def analyse(
         "verdict": main["verdict"].__dict__,
         "primary": plan.primary,
         "rule": plan.rule,
-        "calibration": _calibration(users, expected, plan),
-        "calibration_alarms": integrity.calibration_by_day(facts, groups, plan.calibration_margin, false_alarm_rate),
+        "calibration": _calibration(users, expected, plan, day_variance, facts.requests["day"].nunique()),
+        "calibration_alarms": integrity.calibration_by_day(facts, groups, plan.calibration_margin, false_alarm_rate, day_variance),
         "traffic_alarms": integrity.short_traffic(users, past, arms),
         "segments": segments.segment_lifts(facts, plan.control, plan.treatment, shown, plan.alpha, known_users),
         "novelty": novelty(facts, plan),
@@ -528,7 +529,7 @@ def novelty(facts: Facts, plan: ExperimentPlan) -> dict[str, Any] | None:
     return {"first_day_lift": math.expm1(change["first"]), "later_lift": math.expm1(change["later"]), "p": 2 * float(norm.sf(abs(z))), "users": len(both)}
 
 
-CALIBRATION_DAYS = 3
+CALIBRATION_DAYS = 5
 """Last reference days that give the control's calibration target: a policy that learns overnight is compared with its recent self."""
 
 
