@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 def describe(result: MonitorResult) -> str:
     """The result for a terminal: verdict, reasons, the headline lifts, where the page is."""
-    from monitoring.page import number, percent, shown_first
+    from monitoring.page import interval_name, number, percent, shown_first
 
     record = result.analysis.result
     control, treatment = list(record["arms"])[0], record["treatment"]
     lines = ["", result.analysis.verdict.headline, f"  {result.analysis.verdict.sentence}", *[f"  - {reason}" for reason in result.analysis.verdict.reasons], ""]
-    lines.append(f"  {'':34}{control:>12}{treatment:>12}   lift (95 % interval)")
+    lines.append(f"  {'':34}{control:>12}{treatment:>12}   lift ({interval_name(record)})")
     lines.append(f"  {'Users':34}{number(record['arms'][control]['users']):>12}{number(record['arms'][treatment]['users']):>12}")
     for name in shown_first(record):
         row = record["lifts"][name]

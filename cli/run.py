@@ -91,7 +91,7 @@ def _run(config: RunConfig, run_dir: Path, data: Path | None, logs: Path | None,
     total = 2 + simulated + experiment
     say(f"run {run_dir.name}  (configuration {config.name}, seed {config.seed})")
     if not simulated and config.world is not None:
-        say(f"note: state is kept per configuration name; {home} may hold a simulated market's store. Give your logs a configuration with a name of its own.")
+        say(f"note: state is kept per configuration name; {home} may hold a simulated market's store. Logs of another platform need a configuration with a name of its own.")
     try:
         with home_lock(home):
             signing_key(home.parent, create=True)
@@ -281,22 +281,23 @@ def ab_command(config_path: Path, run: str | None, runs: Path, url: str | None, 
     return ab(experiment)
 
 
-def monitor_command(traffic: Path, reference: Path | None, out: Path | None, config_path: Path | None, workspace: Path | None = None, retrain: bool = False) -> int:
-    """Report on a folder of traffic, or on a run's experiment; `retrain`: train again where the alarms call for it."""
+def monitor_command(traffic: Path, reference: Path | None, out: Path | None, config_path: Path | None, workspace: Path | None = None, retrain_in: Path | None = None) -> int:
+    """Report on a folder of traffic, or on a run's experiment; `retrain_in`: folder of runs, to train again where the alarms call for it."""
     from cli.monitor import monitor
     from pipelines.config import load_run_config
 
     of_run = (traffic / "experiment" / "logs").is_dir()
+    retrain = retrain_in is not None
+    if config_path is None and of_run and (traffic / "config.yaml").is_file():
+        config_path = traffic / "config.yaml"  # the plan that the run was made with
     if retrain and config_path is None:
-        config_path = traffic / "config.yaml" if of_run and (traffic / "config.yaml").is_file() else None
-        if config_path is None:
-            raise ValueError("--retrain needs the configuration to train with: add --config CONFIG")
+        raise ValueError("--retrain needs the configuration to train with: add --config CONFIG")
     if retrain and reference is None and not of_run:
         raise ValueError("--retrain needs the logs of the period before: add --reference DIR")
     settings = load_run_config(config_path).experiment.monitor if config_path else None
 
     def train(logs: Path) -> int:
-        return run_command(config_path, None, logs, None, None, Path("runs"), None, True)
+        return run_command(config_path, None, logs, None, None, retrain_in or Path("runs"), None, True)
 
     start = train if retrain else None
     if of_run:

@@ -101,6 +101,11 @@ def p_text(p: float | None) -> str:
     return "\N{EN DASH}" if p is None or not math.isfinite(p) else ("< 0.001" if p < 0.001 else f"{p:.3f}")
 
 
+def interval_name(result: dict[str, Any]) -> str:
+    """What the intervals are, e.g. "95 % interval"."""
+    return f"{100 * (1 - result['alpha']):g} % interval"
+
+
 def shown_first(result: dict[str, Any]) -> list[str]:
     """Metrics of the first screen: the one that decides, then the usual ones."""
     return list(dict.fromkeys((result["primary"], *HEADLINE)))
@@ -167,7 +172,7 @@ def _arms_table(result: dict[str, Any], control: str, treatment: str, names: lis
     sizes = "".join(row(label, tuple(number(arms[arm][key]) for arm in (control, treatment))) for label, key in (("Users", "users"), ("Requests", "requests"), ("Impressions", "imps")))
     axis = "".join(f'<span style="left:{_place(x, limit):.0f}%">{_axis_text(x, limit)}</span>' for x in (-limit / 2, 0, limit / 2))
     return (
-        f'<table class="arms"><thead><tr><th></th><th><span class="key a"></span>{a}</th><th><span class="key b"></span>{b}</th><th>lift, 95 % interval</th>'
+        f'<table class="arms"><thead><tr><th></th><th><span class="key a"></span>{a}</th><th><span class="key b"></span>{b}</th><th>lift, {interval_name(result)}</th>'
         f'<th class="plot"><div class="axis">{axis}</div></th><th>p</th></tr></thead><tbody>{sizes if counts else ""}{"".join(metric_row(n) for n in names)}</tbody></table>'
     )
 
@@ -260,7 +265,7 @@ def _guardrail_card(result: dict[str, Any], plan: ExperimentPlan) -> str:
     rows.append(["Users split as planned", f"p = {p_text(ratio['p'])}", "", "p at least 0.0005", _state(ratio["passed"], "yes", "no: invalid")])
     if result["completeness"] is not None:
         rows.append(["Log holds what clients saw", f"{100 * result['completeness']:.2f} %", "", f"at least {100 * plan.least_completeness:g} %", _state(result["completeness"] >= plan.least_completeness, "yes", "no: invalid")])
-    return f'<section class="card"><h2>Checks and guardrails</h2>{_table(["", "value", "95 % interval", "wanted", "state"], rows)}</section>'
+    return f'<section class="card"><h2>Checks and guardrails</h2>{_table(["", "value", interval_name(result), "wanted", "state"], rows)}</section>'
 
 
 def _drift_card(rows: list[DriftRow], note: str) -> str:
@@ -379,7 +384,7 @@ def _segments_card(result: dict[str, Any], control: str, treatment: str) -> str:
         state = '<span class="state calm">differs</span>' if p is not None and p < 0.05 else ""
         rows.append([name, escape(record["label"].split(",")[0]), number(record["users"]), lift, p_text(p), state])
     text = f"{treatment} over {control} inside cities, hours, and new or returning users. p is adjusted over all rows of a metric (Benjamini-Hochberg): a place to look next, not to decide by."
-    return f'<section class="card" id="segments"><h2>Segments</h2><p class="soft">{escape(text)}</p>{_table(["", "metric", "users", "lift, 95 % interval", "p", ""], rows)}</section>'
+    return f'<section class="card" id="segments"><h2>Segments</h2><p class="soft">{escape(text)}</p>{_table(["", "metric", "users", f"lift, {interval_name(result)}", "p", ""], rows)}</section>'
 
 
 def render(result: dict[str, Any], days: pd.DataFrame, drift_rows: list[DriftRow], drift_note: str, plan: ExperimentPlan, title: str) -> str:

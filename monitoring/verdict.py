@@ -441,6 +441,7 @@ def analyse(
         "treatments": {arm: {**record, "verdict": record["verdict"].__dict__} for arm, record in judged.items()},
         "verdict": main["verdict"].__dict__,
         "primary": plan.primary,
+        "alpha": plan.alpha,
         "rule": plan.rule,
         "calibration": _calibration(users, expected, plan, day_variance, facts.requests["day"].nunique()),
         "calibration_alarms": integrity.calibration_by_day(facts, groups, plan.calibration_margin, false_alarm_rate, day_variance),
