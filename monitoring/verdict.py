@@ -530,7 +530,7 @@ def novelty(facts: Facts, plan: ExperimentPlan) -> dict[str, Any] | None:
     return {"first_day_lift": math.expm1(change["first"]), "later_lift": math.expm1(change["later"]), "p": 2 * float(norm.sf(abs(z))), "users": len(both)}
 
 
-CALIBRATION_DAYS = 5
+CALIBRATION_DAYS = 3
 """Last reference days that give the control's calibration target: a policy that learns overnight is compared with its recent self."""
 
 
