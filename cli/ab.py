@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -23,16 +24,52 @@ class AbError(RuntimeError):
     """The experiment cannot start; the text says what is missing."""
 
 
+@dataclass(frozen=True)
+class Experiment:
+    """What is to be driven and judged."""
+
+    run: Path
+    """Folder of a finished run: its `world/` has the users and the live days, its `logs/` are the reference period; `experiment/` is written."""
+    home: Path
+    """State of the named configuration; the approved model and the event log live there."""
+    monitoring: MonitorConfig
+    driver: DriverConfig
+    title: str = "Experiment"
+    serving: ServingConfig | None = None
+    """Settings of the services to start; arms and salt are set from the plan."""
+    url: str | None = None
+    """A service that runs already; None: services are started for the experiment."""
+    token: str | None = None
+    """Bearer token of that service."""
+    progress: bool = True
+
+
 def _set_aside(home: Path) -> None:
     """Move an earlier event log away: request ids are idempotency keys, so a second experiment would get the first one's pages back."""
     events = home / "events"
     if not events.is_dir() or not any(events.iterdir()):
         return
+    _check_unused(home)
     number = 1
     while (home / f"events-{number}").exists():
         number += 1
     events.rename(home / f"events-{number}")
     print(f"The event log of earlier traffic was kept as {home / f'events-{number}'}", file=sys.stderr)
+
+
+def _check_unused(home: Path) -> None:
+    """Raises AbError while another service writes this home's event log."""
+    import psutil
+
+    from serving.settings import SETTINGS_VARIABLE
+
+    for process in psutil.process_iter():
+        try:
+            settings = process.environ().get(SETTINGS_VARIABLE)
+        except (psutil.AccessDenied, psutil.NoSuchProcess):
+            continue  # another user's process, or one that has just ended
+        if settings is not None and Path(settings).parent == home / "serving":
+            raise AbError(f"a service of {home} is running (process {process.pid}) and writes the event log there; stop it, or drive it with --url")
 
 
 KINDS = ("bootstrap", "model")
@@ -78,23 +115,26 @@ def _settings_of(arm: Arm, tag: str, home: Path, folder: Path, base: ServingConf
 
 
 @contextmanager
-def _services(home: Path, url: str | None, plan: ExperimentPlan, driver: DriverConfig, base: ServingConfig, out: Path) -> Iterator[_Services]:
+def _services(experiment: Experiment, out: Path) -> Iterator[_Services]:
     """The given service, or our own for the length of the block: one for all arms where it can hold them, else one an arm."""
     from serving.assignment import assign_arm
     from serving.launch import running_service
+    from serving.settings import ServingConfig
 
+    home, plan, driver = experiment.home, experiment.monitoring.plan, experiment.driver
     policies = _policies(plan, driver)
-    if url is not None:
+    if experiment.url is not None:
         if driver.shadow:
             raise AbError("shadow mode starts its own services; leave --url out")
-        yield _Services(url, [home])
+        yield _Services(experiment.url, [home])
         return
+    # Features stay those of the reference period: the users' visits of these days are not pushed either, and a repeated experiment starts alike.
+    base = replace(experiment.serving or ServingConfig(home=home), home=home, push_events=False)
     with ExitStack() as stack:
 
         def start(settings: ServingConfig, name: str) -> str:
             return stack.enter_context(running_service(settings, log=out / f"{name}.log")).url
 
-        out.mkdir(parents=True, exist_ok=True)
         if driver.shadow:
             shown, unseen = (_arm(name, policies[name], 1.0) for name in (plan.control, plan.treatment))
             urls = [start(_settings_of(*pair, home, out / "homes", base), name) for pair, name in ((shown, "service"), (unseen, "shadow"))]
@@ -114,7 +154,7 @@ def _export(homes: list[Path], world: World, reference: Path, out: Path) -> None
     """The services' event logs as one complete folder of logs: with catalogue, profiles and the visits that happened meanwhile."""
     import pandas as pd
 
-    from marketplace.logs import read_table, write_manifest, write_table
+    from marketplace.logs import has_table, read_table, write_manifest, write_table
     from serving.event_log import read_behaviours, read_impressions, read_requests
     from serving.settings import event_log_path
 
@@ -123,7 +163,7 @@ def _export(homes: list[Path], world: World, reference: Path, out: Path) -> None
     since, until = first.to_pydatetime(), (last + pd.Timedelta(days=1)).to_pydatetime()
     known = set(world.state.live_days)
     tables = {"ads": pd.concat([world.ad_table(day.date()) for day in pd.date_range(first, last, freq="D") if day.date() in known], ignore_index=True)}
-    tables["users"] = read_table(reference, "users")
+    tables |= {name: read_table(reference, name) for name in ("users", "creatives") if has_table(reference, name)}
     paths = [event_log_path(home) for home in homes]
     for path in paths:
         if not path.exists():
@@ -157,97 +197,78 @@ def _check_run(run: Path) -> None:
             raise AbError(f"{folder} is missing: `ega ab` needs the {what} of a run that simulated its logs; run `ega run CONFIG` first")
 
 
-def execute(
-    run: Path,
-    home: Path,
-    monitoring: MonitorConfig | None = None,
-    driver: DriverConfig | None = None,
-    serving: ServingConfig | None = None,
-    url: str | None = None,
-    token: str | None = None,
-    progress: bool = True,
-    title: str = "Experiment",
-) -> tuple[ExperimentSummary, MonitorResult | ShadowResult]:
-    """Serve (unless `url` names a service), drive, export, judge. Everything lands in `<run>/experiment/`.
+def execute(experiment: Experiment) -> tuple[ExperimentSummary, MonitorResult | ShadowResult]:
+    """Serve (unless a service is given), drive, export, judge. Everything lands in `<run>/experiment/`, which is replaced when the traffic is complete.
 
-    Args:
-        run: folder of a finished run: its `world/` has the users and the live days, its `logs/` are the reference period.
-        home: state of the named configuration; the approved model and the event log live there.
-        serving: settings of the services to start; arms and salt are set from the plan.
     Returns what the clients saw, and the report (in shadow mode: the comparison of pages).
     Raises AbError, ExperimentError, and the serving errors (ApprovalError without an approved model, StartError).
     """
     from marketplace.worlds import World
-    from monitoring.experiment import DriverConfig, run_experiment
-    from monitoring.report import MonitorConfig, monitor
+    from monitoring.experiment import run_experiment
+    from monitoring.report import monitor
     from monitoring.shadow import compare
-    from serving.settings import ServingConfig
+    from monitoring.store import replace_folder
 
-    monitoring, driver = monitoring or MonitorConfig(), driver or DriverConfig()
-    reference, out, plan = run / "logs", run / "experiment", monitoring.plan
+    run, monitoring, driver = experiment.run, experiment.monitoring, experiment.driver
+    reference, out, part, plan = run / "logs", run / "experiment", run / "experiment.part", monitoring.plan
     _check_run(run)
-    # Features stay those of the reference period: the users' visits of these days are not pushed either, and a repeated experiment starts alike.
-    base = replace(serving or ServingConfig(home=home), home=home, push_events=False)
     _policies(plan, driver)
-    if out.exists():
-        shutil.rmtree(out)
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
     world = World.load(run / "world")
-    with _services(home, url, plan, driver, base, out) as services:
-        summary = run_experiment(world, services.url, out, driver, progress, token, plan.treatments, services.address, services.shadow_url)
+    with _services(experiment, part) as services:
+        summary = run_experiment(world, services.url, part, driver, experiment.progress, experiment.token, plan.treatments, services.address, services.shadow_url)
     if driver.shadow:
-        return summary, compare(out, plan.control, plan.treatment, title)
-    _export(services.homes, world, reference, out / "logs")
-    _prices(services.homes, out)
-    return summary, monitor(out / "logs", out, monitoring, reference, out, title)
+        replace_folder(part, out)
+        return summary, compare(out, plan.control, plan.treatment, experiment.title)
+    _export(services.homes, world, reference, part / "logs")
+    _prices(services.homes, part)
+    replace_folder(part, out)
+    return summary, monitor(out / "logs", out, monitoring, reference, out, experiment.title)
 
 
-def plan_text(run: Path, monitoring: MonitorConfig | None = None, driver: DriverConfig | None = None) -> str:
+def plan_text(experiment: Experiment) -> str:
     """How long to run, before the start: users needed for the lift that is worth acting on, and what the run's users can find."""
     from marketplace.worlds import World
-    from monitoring.experiment import DriverConfig, draw_users
+    from monitoring.experiment import draw_users
     from monitoring.facts import per_user, read_facts
     from monitoring.planning import Plan, plan
-    from monitoring.report import MonitorConfig
 
-    monitoring, driver = monitoring or MonitorConfig(), driver or DriverConfig()
+    run, wanted, driver = experiment.run, experiment.monitoring.plan, experiment.driver
     _check_run(run)
     requests = draw_users(World.load(run / "world").live_requests(), driver.most_requests, driver.seed)
     days = int(requests["event_timestamp"].dt.floor("D").nunique())
-    before = read_facts(run / "logs", monitoring.plan.window_hours)
+    before = read_facts(run / "logs", wanted.window_hours)
     last = sorted(before.requests["day"].unique())[-max(1, days) :]
     recent = type(before)(before.requests[before.requests["day"].isin(last)], before.impressions[before.impressions["day"].isin(last)], before.counts)
-    found: Plan = plan(per_user(recent), monitoring.plan, requests["user_id"].nunique(), days)
+    found: Plan = plan(per_user(recent), wanted, requests["user_id"].nunique(), days)
     return found.text()
 
 
-def ab(
-    run: Path,
-    home: Path,
-    monitoring: MonitorConfig | None = None,
-    driver: DriverConfig | None = None,
-    serving: ServingConfig | None = None,
-    url: str | None = None,
-    token: str | None = None,
-    progress: bool = True,
-    title: str = "Experiment",
-) -> int:
+def ab(experiment: Experiment) -> int:
     """`execute` for the command line: prints the result. Exit code 0 for any finished, readable experiment, 1 error, 3 no approved model, 5 invalid experiment."""
     from cli.monitor import describe
     from marketplace.logs import LogError
     from monitoring.experiment import ExperimentError
     from monitoring.report import EXIT_CODES, MonitorResult
+    from pipelines.local import RUN_VARIABLE, AlreadyRunning, end_orphans, home_lock
     from serving.launch import StartError
     from serving.settings import SettingsError
     from serving.store import ApprovalError
 
     try:
-        if not (driver and driver.shadow):
-            print(plan_text(run, monitoring, driver))
-        summary, result = execute(run, home, monitoring, driver, serving, url, token, progress, title)
+        _check_run(experiment.run)
+        with home_lock(experiment.home):
+            if left := end_orphans(experiment.run):
+                print(f"Ended {left} processes of an experiment that was killed", file=sys.stderr)
+            os.environ[RUN_VARIABLE] = str(experiment.run)  # by this mark the next experiment finds the services of one that was killed
+            if not experiment.driver.shadow:
+                print(plan_text(experiment))
+            summary, result = execute(experiment)
     except ApprovalError as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
-    except (AbError, ExperimentError, StartError, SettingsError, LogError, ValueError, FileNotFoundError) as error:
+    except (AbError, AlreadyRunning, ExperimentError, StartError, SettingsError, LogError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     rate = summary.answered / summary.seconds if summary.seconds else 0.0

@@ -166,6 +166,7 @@ def monitor(
     out: Annotated[Optional[Path], typer.Option(help="Where the report goes; default: beside the traffic.")] = None,  # noqa: UP045
     config: Annotated[Optional[Path], typer.Option(help="Run configuration with the experiment's plan.")] = None,  # noqa: UP045
     retrain: Annotated[bool, typer.Option("--retrain", help="On a drift or calibration alarm train on reference and traffic; the gates judge the result.")] = False,
+    runs: Annotated[Path, typer.Option(help="Folder for the run that --retrain starts.")] = Path("runs"),
     workspace: Annotated[Optional[Path], typer.Option(help="Evidently workspace that keeps a snapshot of every report; --ui shows it.")] = None,  # noqa: UP045
     ui: Annotated[bool, typer.Option("--ui", help="Serve Evidently's dashboard on the workspace (default: workspace/) after the report, until Ctrl-C.")] = False,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port of --ui, on 127.0.0.1.")] = 8000,
@@ -176,7 +177,7 @@ def monitor(
     if traffic is None and not ui:
         raise typer.BadParameter("give a folder of traffic, or --ui to look at the reports of a workspace", param_hint="TRAFFIC")
     store = workspace or (Path("workspace") if ui else None)
-    code = 0 if traffic is None else _guarded(lambda: monitor_command(traffic, reference, out, config, store, retrain))
+    code = 0 if traffic is None else _guarded(lambda: monitor_command(traffic, reference, out, config, store, runs if retrain else None))
     if ui and store is not None and code in (0, 4, 5):
         code = _guarded(lambda: monitor_ui_command(store, "127.0.0.1", port)) or code
     raise typer.Exit(code)

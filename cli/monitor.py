@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,17 +15,18 @@ if TYPE_CHECKING:
 
 def describe(result: MonitorResult) -> str:
     """The result for a terminal: verdict, reasons, the headline lifts, where the page is."""
-    from monitoring.page import number, percent
-    from monitoring.verdict import HEADLINE
+    from monitoring.page import interval_name, number, percent, shown_first
 
     record = result.analysis.result
     control, treatment = list(record["arms"])[0], record["treatment"]
     lines = ["", result.analysis.verdict.headline, f"  {result.analysis.verdict.sentence}", *[f"  - {reason}" for reason in result.analysis.verdict.reasons], ""]
-    lines.append(f"  {'':34}{control:>12}{treatment:>12}   lift (95 % interval)")
+    lines.append(f"  {'':34}{control:>12}{treatment:>12}   lift ({interval_name(record)})")
     lines.append(f"  {'Users':34}{number(record['arms'][control]['users']):>12}{number(record['arms'][treatment]['users']):>12}")
-    for name in HEADLINE:
+    for name in shown_first(record):
         row = record["lifts"][name]
-        lift = f"{percent(row['lift'])} ({percent(row['lift_low'])} to {percent(row['lift_high'])})" if row["relative_is_safe"] else "too uncertain for a relative lift"
+        relative = f"{percent(row['lift'])} ({percent(row['lift_low'])} to {percent(row['lift_high'])})"
+        absolute = f"difference {number(row['difference'])} ({number(row['difference_low'])} to {number(row['difference_high'])})".replace("-", "\N{MINUS SIGN}")
+        lift = percent(math.nan) if not math.isfinite(row["difference"]) else relative if row["relative_is_safe"] else absolute
         lines.append(f"  {row['label']:34}{number(row['control']):>12}{number(row['treatment']):>12}   {lift}")
     for arm, other in list(record["treatments"].items())[1:]:
         row = other["lifts"][record["primary"]]
@@ -63,7 +66,11 @@ def monitor(
         out = out or experiment
         reference = reference or (run / "logs" if (run / "logs").is_dir() else None)
     if traffic is None or not traffic.is_dir():
-        print(f"error: {traffic} is not there; `ega ab` writes it", file=sys.stderr)
+        mend = "`ega ab` writes it" if run is not None else "give a folder of logs (docs/data.md) or the folder of a run with an experiment"
+        print(f"error: {traffic} is not a folder; {mend}", file=sys.stderr)
+        return 1
+    if (traffic / "run.json").is_file():
+        print(f"error: {traffic} is a run without an experiment; `ega ab CONFIG --run {traffic.name}` makes one", file=sys.stderr)
         return 1
     try:
         out = out or traffic.parent / "report"
@@ -76,14 +83,12 @@ def monitor(
             return result.exit_code
         if reference is None:
             raise ValueError("a retraining needs the logs of the period before: give a reference")
-        from monitoring.retraining import merge_logs
+        from monitoring.retraining import training_logs
 
-        joined = out / "logs" if (traffic / "events").is_dir() else traffic
-        logs = out / f"retrain-{result.retraining_day}"
-        if not logs.exists():
-            merge_logs(reference, joined, logs)
+        logs = training_logs(reference, result.traffic, out)
     except (LogError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        full = f"; make room for {out} and run it again" if isinstance(error, OSError) and error.errno == errno.ENOSPC else ""
+        print(f"error: {error}{full}", file=sys.stderr)
         return 1
     print(f"  Retraining because of {', '.join(result.retraining)}, on {logs}")
     return train(logs)

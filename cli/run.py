@@ -91,7 +91,7 @@ def _run(config: RunConfig, run_dir: Path, data: Path | None, logs: Path | None,
     total = 2 + simulated + experiment
     say(f"run {run_dir.name}  (configuration {config.name}, seed {config.seed})")
     if not simulated and config.world is not None:
-        say(f"note: state is kept per configuration name; {home} may hold a simulated market's store. Give your logs a configuration with a name of its own.")
+        say(f"note: state is kept per configuration name; {home} may hold a simulated market's store. Logs of another platform need a configuration with a name of its own.")
     try:
         with home_lock(home):
             signing_key(home.parent, create=True)
@@ -176,11 +176,11 @@ def _truth(run_dir: Path) -> dict[str, Any]:
 
 
 def _experiment(config: RunConfig, run_dir: Path, home: Path) -> dict[str, Any]:
-    from cli.ab import execute
+    from cli.ab import Experiment, execute
     from cli.monitor import describe
     from monitoring.report import MonitorResult
 
-    summary, result = execute(run_dir, home, config.experiment.monitor, config.experiment.driver, title=f"{run_dir.name}: experiment")
+    summary, result = execute(Experiment(run_dir, home, config.experiment.monitor, config.experiment.driver, f"{run_dir.name}: experiment"))
     say(f"  {summary.answered:,} requests answered, {summary.errors} failed, {summary.clicks:,} clicks")
     if not isinstance(result, MonitorResult):
         say(result.text())
@@ -260,7 +260,7 @@ def ab_command(config_path: Path, run: str | None, runs: Path, url: str | None, 
     """Drive services with the users of a run's world; `plan_only`: say how long to run, and stop."""
     import dataclasses
 
-    from cli.ab import ab, plan_text
+    from cli.ab import Experiment, ab, plan_text
     from pipelines.config import load_run_config
 
     config = load_run_config(config_path)
@@ -272,29 +272,32 @@ def ab_command(config_path: Path, run: str | None, runs: Path, url: str | None, 
         driver = dataclasses.replace(driver, treatment_policy=driver.control_policy)
     if shadow:
         driver = dataclasses.replace(driver, shadow=True)
+    experiment = Experiment(
+        run_dir, ega_home() / config.name, config.experiment.monitor, driver, f"{run_dir.name}: experiment", url=url, token=os.environ.get("EGA_SERVING_TOKEN")
+    )
     if plan_only:
-        say(plan_text(run_dir, config.experiment.monitor, driver))
+        say(plan_text(experiment))
         return 0
-    token = os.environ.get("EGA_SERVING_TOKEN")
-    return ab(run_dir, ega_home() / config.name, config.experiment.monitor, driver, url=url, token=token)
+    return ab(experiment)
 
 
-def monitor_command(traffic: Path, reference: Path | None, out: Path | None, config_path: Path | None, workspace: Path | None = None, retrain: bool = False) -> int:
-    """Report on a folder of traffic, or on a run's experiment; `retrain`: train again where the alarms call for it."""
+def monitor_command(traffic: Path, reference: Path | None, out: Path | None, config_path: Path | None, workspace: Path | None = None, retrain_in: Path | None = None) -> int:
+    """Report on a folder of traffic, or on a run's experiment; `retrain_in`: folder of runs, to train again where the alarms call for it."""
     from cli.monitor import monitor
     from pipelines.config import load_run_config
 
     of_run = (traffic / "experiment" / "logs").is_dir()
+    retrain = retrain_in is not None
+    if config_path is None and of_run and (traffic / "config.yaml").is_file():
+        config_path = traffic / "config.yaml"  # the plan that the run was made with
     if retrain and config_path is None:
-        config_path = traffic / "config.yaml" if of_run and (traffic / "config.yaml").is_file() else None
-        if config_path is None:
-            raise ValueError("--retrain needs the configuration to train with: add --config CONFIG")
+        raise ValueError("--retrain needs the configuration to train with: add --config CONFIG")
     if retrain and reference is None and not of_run:
         raise ValueError("--retrain needs the logs of the period before: add --reference DIR")
     settings = load_run_config(config_path).experiment.monitor if config_path else None
 
     def train(logs: Path) -> int:
-        return run_command(config_path, None, logs, None, None, Path("runs"), None, True)
+        return run_command(config_path, None, logs, None, None, retrain_in or Path("runs"), None, True)
 
     start = train if retrain else None
     if of_run:

@@ -57,11 +57,15 @@ def write_bytes(path: Path, payload: bytes) -> None:
     """Write a file atomically: beside the target, synced, renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    with open(part, "wb") as file:
-        file.write(payload)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:  # on a full disk the part would keep what room there is
+        part.unlink(missing_ok=True)
+        raise
 
 
 def write_parquet(path: Path, table: pa.Table) -> None:

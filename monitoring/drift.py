@@ -382,6 +382,14 @@ def measure(column: DriftColumn, config: DriftConfig, columns: int = 20) -> Drif
     return DriftRow(column.name, column.group, method, score, threshold, score > threshold or bool(beyond), sorted(beyond), bool(constant), "", *summaries)
 
 
+def _without_rounding(values: np.ndarray) -> np.ndarray:
+    """Amounts that differ by rounding errors only, as one amount: a histogram has no bins for them, and Evidently's report would end there."""
+    finite = values[np.isfinite(values)]
+    if len(finite) and np.ptp(finite) <= 1e-12 * np.abs(finite).max():
+        return np.where(np.isfinite(values), finite[0], values)
+    return values
+
+
 def side_by_side(columns: list[DriftColumn], config: DriftConfig) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Current and reference as one frame each, for Evidently: columns of different length beside each other, padded with nulls (which it skips)."""
     frames = []
@@ -389,6 +397,6 @@ def side_by_side(columns: list[DriftColumn], config: DriftConfig) -> tuple[pd.Da
         parts = {}
         for column in columns:
             values = _sample(getattr(column, side)["value"].to_numpy(), config)
-            parts[column.name] = pd.Series(values.astype(np.int64).astype(str) if column.kind == "categorical" else values.astype(np.float64))
+            parts[column.name] = pd.Series(values.astype(np.int64).astype(str) if column.kind == "categorical" else _without_rounding(values.astype(np.float64)))
         frames.append(pd.concat(parts, axis=1))
     return frames[0], frames[1]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -103,19 +104,45 @@ def short_traffic(users: pd.DataFrame, before: pd.DataFrame | None, arms: Sequen
     return alarms
 
 
-def calibration_by_day(facts: Facts, arm_groups: Sequence[tuple[str, Sequence[str], ab_stats.Estimate]], margin: float, false_alarm_rate: float) -> list[str]:
+def calibration_day_variance(before: Facts) -> float:
+    """Variance of the logarithm of predicted over observed clicks from day to day, beyond what the users of a day explain.
+
+    A policy that learns overnight is off by a little more or less each day. From successive differences (von Neumann 1941), so that a trend does not
+    count; a little enlarged because it comes from few days. 0 below three days.
+    """
+    daily = [ab_stats.ratio_per_user(rows["predicted"].to_numpy(), rows["clicks"].to_numpy()) for _, rows in per_user(before, by=["day"]).groupby("day")]
+    daily = [estimate for estimate in daily if estimate.value > 0]
+    if len(daily) < 3:
+        return 0.0
+    steps = np.diff([math.log(estimate.value) for estimate in daily])
+    sampling = float(np.mean([estimate.variance / estimate.value**2 for estimate in daily]))
+    return max(0.0, float(np.mean(steps**2)) / 2 * (1 + 2 / len(daily)) - sampling)
+
+
+def with_day_variance(estimate: ab_stats.Estimate, day_variance: float, days: int) -> ab_stats.Estimate:
+    """A calibration over some days with the variance of its days added."""
+    return replace(estimate, variance=estimate.variance + estimate.value**2 * day_variance / max(1, days))
+
+
+def calibration_by_day(
+    facts: Facts, arm_groups: Sequence[tuple[str, Sequence[str], ab_stats.Estimate]], margin: float, false_alarm_rate: float, day_variance: float = 0.0
+) -> list[str]:
     """Days on which predicted over observed clicks left the expected ratio by more than the margin, and by more than chance.
 
-    Args: arm_groups, (name, arms taken together, expected ratio with its own variance); false_alarm_rate, of a clean day.
+    Args: arm_groups, (name, arms taken together, expected ratio with its own variance); false_alarm_rate, of a clean day: arms taken together get half of it;
+    day_variance, of the logarithm of the ratio.
     """
     users = per_user(facts, by=["day"])
     alarms = []
+    together = sum(len(arms) > 1 for _, arms, _ in arm_groups)
+    alone = len(arm_groups) - together
     for name, arms, expected in arm_groups:
         days = []
+        limit = false_alarm_rate / (2 * (together if len(arms) > 1 else alone) if together else alone)
         for day, rows in users[users["arm"].isin(list(arms))].groupby("day"):
-            estimate = ab_stats.ratio_per_user(rows["predicted"].to_numpy(), rows["clicks"].to_numpy())
+            estimate = with_day_variance(ab_stats.ratio_per_user(rows["predicted"].to_numpy(), rows["clicks"].to_numpy()), day_variance, 1)
             off = ab_stats.lift(expected, estimate)
-            if off.p_value < false_alarm_rate / len(arm_groups) and abs(math.log1p(off.value)) > math.log1p(margin):
+            if off.p_value < limit and abs(math.log1p(off.value)) > math.log1p(margin):
                 days.append((f"{day:%Y-%m-%d}", off.value))
         if days:
             worst = max(days, key=lambda pair: abs(pair[1]))[1]

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from monitoring.drift import METHOD_NAMES, DriftRow
-from monitoring.verdict import HEADLINE, METRICS
+from monitoring.verdict import HEADLINE, METRICS, ExperimentPlan
 
 _TONE = {"ship": "good", "win_not_safe": "warn", "keep_running": "calm", "no_difference": "calm", "stop": "bad", "invalid": "bad"}
 
@@ -28,7 +28,7 @@ h2{font-size:17px;margin:0 0 8px}
 p{margin:0 0 8px;max-width:78ch}
 .card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px 20px;margin-bottom:14px}
 .first{display:grid;grid-template-columns:minmax(0,7fr) minmax(0,4fr);gap:14px}
-.verdict{border-left:6px solid var(--tone)}.verdict h1{color:var(--tone)}.verdict p{font-size:16px;margin:0}
+.verdict{border-left:6px solid var(--tone)}.verdict h1{color:var(--tone)}.verdict p{font-size:16px;margin:0;max-width:none}.verdict li{max-width:none}
 .good{--tone:var(--good)}.warn{--tone:var(--warn)}.bad{--tone:var(--bad)}.calm{--tone:var(--calm)}
 ul{margin:8px 0 0;padding-left:20px}li{margin:2px 0;max-width:90ch}
 .soft,small{color:var(--soft);font-size:13px}
@@ -40,8 +40,9 @@ th:first-child,td:first-child,.left{text-align:left}
 td:first-child{font-weight:500}
 .primary td{background:var(--band)}
 .arms td:not(:first-child),.arms th{white-space:nowrap}
-.lift b{display:block;line-height:1.3}.lift small{white-space:nowrap}
-.plot{width:32%}
+.arms td:first-child b{font-weight:600;font-size:16px}.arms td:first-child small,.lift b{display:block;line-height:1.3}.lift small,.arms td:first-child b{white-space:nowrap}
+.arms td:first-child{width:23%}.plot{width:27%}
+.sure{margin:10px 0 0;max-width:none}
 .track{position:relative;height:26px}
 .track i{position:absolute;top:0;bottom:0;width:1px;background:var(--line)}
 .track i.zero{background:var(--soft)}
@@ -52,7 +53,7 @@ td:first-child{font-weight:500}
 .key{display:inline-block;width:10px;height:10px;border-radius:50%;margin-right:6px}.key.a{background:var(--a)}.key.b{background:var(--b)}
 .trends{display:grid;gap:6px}.trends svg{max-height:168px}
 li.more{color:var(--soft)}
-.wide{overflow-x:auto}
+.whole{white-space:nowrap}
 figure{margin:0}figcaption{font-weight:600;margin-bottom:6px}
 svg{display:block;width:100%;height:auto}svg text{font-size:12px;fill:var(--soft)}
 svg .grid{stroke:var(--line)}svg .a{stroke:var(--a);fill:var(--a)}svg .b{stroke:var(--b);fill:var(--b)}svg path{fill:none!important;stroke-width:2}svg .band{stroke-width:1.5;opacity:.6}
@@ -61,17 +62,18 @@ dl{display:grid;grid-template-columns:auto 1fr;gap:4px 16px;margin:0}dt{color:va
 footer{color:var(--soft);font-size:13px}
 a{color:var(--b)}
 @media (max-width:760px){
- main{padding:12px 12px 40px}.card{padding:12px 14px;margin-bottom:10px}h1{font-size:20px}.verdict p{font-size:15px}.first{grid-template-columns:1fr;gap:0}
- .arms thead{display:none}
- .arms tr{display:grid;grid-template-columns:1fr 1fr 1.5fr;padding:6px 0;border-bottom:1px solid var(--line)}
+ main{padding:12px 12px 40px}.card{padding:12px 14px;margin-bottom:10px}h1{font-size:20px}.verdict p{font-size:15px}.verdict li{font-size:14px}.first{grid-template-columns:1fr;gap:0}
+ .arms thead,.arms td.p{display:none}
+ .arms tr{display:grid;grid-template-columns:minmax(0,19fr) minmax(0,19fr) minmax(0,60fr);padding:5px 0;border-bottom:1px solid var(--line)}
  .arms tr:last-child{border-bottom:0}
- .arms td{border:0;padding:1px 4px;text-align:left}
- .arms td:first-child{grid-column:1/-1}
- .arms td[data-arm]::before{content:attr(data-arm);display:block;font-size:12px;color:var(--soft)}
- .arms td.lift:not(:empty)::before{content:"lift, 95 % interval";display:block;font-size:12px;color:var(--soft)}
- .arms td.plot{grid-column:1/-1;width:auto;padding:0 4px}.arms td.plot:empty,.arms td.p{display:none}
+ .arms td{border:0;padding:0 4px;text-align:left}
+ .arms td:first-child{grid-column:1/3;width:auto}.arms td:first-child b{font-size:15px}.arms td:first-child small{font-size:12px;line-height:1.2}
+ .arms td[data-arm]{grid-row:2;align-self:end}.arms td[data-arm]::before{content:attr(data-arm);display:block;font-size:12px;line-height:1.2;color:var(--soft);overflow:hidden;text-overflow:ellipsis}
+ .arms td.lift{grid-area:1/3;text-align:right}.arms td.lift b{display:inline;margin-right:4px}.arms td.lift small{font-size:12px}
+ .arms td.plot{grid-area:2/3;width:auto;align-self:center;text-align:right}
  .primary{background:var(--band)}
  .stack thead{display:none}.stack tr{display:block;padding:8px 0;border-bottom:1px solid var(--line)}.stack tr:last-child{border:0}
+ .stack .whole{white-space:normal}
  .stack td{display:flex;justify-content:space-between;gap:16px;border:0;padding:1px 0;text-align:right}
  .stack td:first-child{font-weight:600}.stack td[data-name]::before{content:attr(data-name);color:var(--soft);font-weight:400;text-align:left}
 }
@@ -99,9 +101,19 @@ def p_text(p: float | None) -> str:
     return "\N{EN DASH}" if p is None or not math.isfinite(p) else ("< 0.001" if p < 0.001 else f"{p:.3f}")
 
 
-def _axis_limit(lifts: dict[str, dict[str, Any]]) -> float:
+def interval_name(result: dict[str, Any]) -> str:
+    """What the intervals are, e.g. "95 % interval"."""
+    return f"{100 * (1 - result['alpha']):g} % interval"
+
+
+def shown_first(result: dict[str, Any]) -> list[str]:
+    """Metrics of the first screen: the one that decides, then the usual ones."""
+    return list(dict.fromkeys((result["primary"], *HEADLINE)))
+
+
+def _axis_limit(records: list[dict[str, Any]]) -> float:
     """Half-width of the lift plots' common axis: a round share that holds the headline intervals, at most 100 %."""
-    reach = [abs(lifts[n][k]) for n in HEADLINE for k in ("lift_low", "lift_high") if math.isfinite(lifts[n][k])]
+    reach = [abs(record[k]) for record in records for k in ("lift_low", "lift_high") if math.isfinite(record[k])]
     wanted = max(reach, default=0.1)
     return next((limit for limit in (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75) if wanted <= limit), 1.0)
 
@@ -125,10 +137,16 @@ def _track(record: dict[str, Any], limit: float) -> str:
     return f'<div class="track" role="img" aria-label="{label}">{lines}<s style="left:{low:.2f}%;width:{max(high - low, 0.4):.2f}%"></s><u style="left:{middle:.2f}%"></u></div>'
 
 
+def _name(label: str) -> str:
+    """A metric's short name, and below it what it is per."""
+    short, mark, rest = label.partition(", ") if ", " in label else label.partition(" ")
+    return f"<b>{escape(short)}</b> <small>{escape(rest)}</small>" if mark else f"<b>{escape(short)}</b>"
+
+
 def _arms_table(result: dict[str, Any], control: str, treatment: str, names: list[str], counts: bool) -> str:
     """The named metrics of both arms with their lifts; `counts`: users, requests and impressions above them."""
     lifts, arms = result["lifts"], result["arms"]
-    limit = _axis_limit(lifts)
+    limit = _axis_limit([lifts[name] for name in shown_first(result)])
     a, b = escape(control), escape(treatment)
 
     def row(label: str, values: tuple[str, str], lift: str = "", plot: str = "", p: str = "", mark: str = "") -> str:
@@ -148,15 +166,29 @@ def _arms_table(result: dict[str, Any], control: str, treatment: str, names: lis
             bounds = f"{number(record['difference_low'])} to {number(record['difference_high'])}".replace("-", "\N{MINUS SIGN}")
             lift, plot = f"<b>{number(record['difference'])}</b><small>difference, {bounds}</small>".replace("<b>-", "<b>\N{MINUS SIGN}"), ""
         mark = ' class="primary"' if name == result["primary"] else ""
-        note = " <small>decides</small>" if name == result["primary"] else ""
-        return row(escape(record["label"]) + note, values, lift, plot, p_text(record["p_decides"] if name == result["primary"] else record.get("p_adjusted")), mark)
+        label = _name(record["label"]).replace("</small>", " \N{MIDDLE DOT} decides</small>" if name == result["primary"] else "</small>")
+        return row(label, values, lift, plot, p_text(record["p_decides"] if name == result["primary"] else record.get("p_adjusted")), mark)
 
     sizes = "".join(row(label, tuple(number(arms[arm][key]) for arm in (control, treatment))) for label, key in (("Users", "users"), ("Requests", "requests"), ("Impressions", "imps")))
     axis = "".join(f'<span style="left:{_place(x, limit):.0f}%">{_axis_text(x, limit)}</span>' for x in (-limit / 2, 0, limit / 2))
     return (
-        f'<table class="arms"><thead><tr><th></th><th><span class="key a"></span>{a}</th><th><span class="key b"></span>{b}</th><th>lift, 95 % interval</th>'
+        f'<table class="arms"><thead><tr><th></th><th><span class="key a"></span>{a}</th><th><span class="key b"></span>{b}</th><th>lift, {interval_name(result)}</th>'
         f'<th class="plot"><div class="axis">{axis}</div></th><th>p</th></tr></thead><tbody>{sizes if counts else ""}{"".join(metric_row(n) for n in names)}</tbody></table>'
     )
+
+
+def _sureness(result: dict[str, Any]) -> str:
+    """Below the lifts: how far the deciding one may be watched, what this size finds, what the users' past says."""
+    main = result["lifts"][result["primary"]]
+    texts = [f"Always valid, for daily looks: {percent(main['always_valid_low'])} to {percent(main['always_valid_high'])}"]
+    if result["cuped"]:
+        texts.append(f"with the users\N{RIGHT SINGLE QUOTATION MARK} own past taken out (CUPED): {percent(result['cuped']['lift'])} ({percent(result['cuped']['lift_low'])} to {percent(result['cuped']['lift_high'])})")
+    texts.append(f"this size finds lifts from {percent(main['least_detectable_lift'])} on")
+    return f'<p class="soft sure">{escape(_name_of(main))}. {escape("; ".join(texts))}.</p>'
+
+
+def _name_of(record: dict[str, Any]) -> str:
+    return str(record["label"]).split(",")[0]
 
 
 def _nice_step(span: float) -> float:
@@ -220,20 +252,20 @@ def _table(heads: list[str], rows: list[list[str]]) -> str:
     return f'<table class="stack"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 
-def _guardrail_card(result: dict[str, Any]) -> str:
+def _guardrail_card(result: dict[str, Any], plan: ExperimentPlan) -> str:
     rows = []
     for g in result["guardrails"]:
-        exact = f"; exact p {p_text(g['exact_p'])}" if g.get("exact_p") is not None else ""
-        limit = f"{'above' if g['relative'] else 'below'} {percent(g['limit'])}"
-        rows.append([escape(g["label"]), percent(g["value"]), f"{percent(g['low'])} to {percent(g['high'])}{exact}", limit, _state(g["passed"], "proven", "harmed") if g["passed"] or g["harmed"] else '<span class="state warn">not proven</span>'])
+        exact = f"; exact p {p_text(g['exact_p'])}" if g["exact_p"] is not None else ""
+        value, low, high, bound = (percent(g[key]).replace("%", g["unit"]) for key in ("value", "low", "high", "limit"))
+        rows.append([escape(g["label"]), value, f"{low} to {high}{exact}", f"{'above' if g['relative'] else 'below'} {bound}", _state(g["passed"], "proven", "harmed") if g["passed"] or g["harmed"] else '<span class="state warn">not proven</span>'])
     for c in result["calibration"]:
         value = number(c["predicted_over_observed"])
         rows.append([f"Predicted over observed clicks, {escape(c['arm'])}", value, f"{number(c['low'])} to {number(c['high'])}", f"near {number(c['expected'])}", _state(not c["alarm"], "in range", "off")])
     ratio = result["sample_ratio"]
     rows.append(["Users split as planned", f"p = {p_text(ratio['p'])}", "", "p at least 0.0005", _state(ratio["passed"], "yes", "no: invalid")])
     if result["completeness"] is not None:
-        rows.append(["Log holds what clients saw", f"{100 * result['completeness']:.2f} %", "", "at least 99.9 %", _state(result["completeness"] >= 0.999, "yes", "no: invalid")])
-    return f'<section class="card"><h2>Checks and guardrails</h2>{_table(["", "value", "95 % interval", "wanted", "state"], rows)}</section>'
+        rows.append(["Log holds what clients saw", f"{100 * result['completeness']:.2f} %", "", f"at least {100 * plan.least_completeness:g} %", _state(result["completeness"] >= plan.least_completeness, "yes", "no: invalid")])
+    return f'<section class="card"><h2>Checks and guardrails</h2>{_table(["", "value", interval_name(result), "wanted", "state"], rows)}</section>'
 
 
 def _drift_card(rows: list[DriftRow], note: str) -> str:
@@ -243,8 +275,9 @@ def _drift_card(rows: list[DriftRow], note: str) -> str:
     for row in sorted(rows, key=lambda r: (not r.drifted, r.group, r.name)):
         state = f'<span class="state calm">{escape(row.note)}</span>' if row.note else _state(not row.drifted, "steady", "drift" + (f" ({', '.join(row.days)})" if row.days else ""))
         score = number(round(row.score, 3)) if math.isfinite(row.score) else "\N{EN DASH}"
-        cells.append([escape(row.name), escape(row.current_summary), escape(row.reference_summary), METHOD_NAMES[row.method].replace(' ', '&nbsp;').replace('-', '&#8209;'), score, number(round(row.threshold, 3)), state])
-    heads = ["", "experiment: median (10 to 90 %)", "reference", "method", "score", "alarm above", "state"]
+        shown = [f'<span class="whole">{escape(text)}</span>' for text in (row.current_summary, row.reference_summary, METHOD_NAMES[row.method])]
+        cells.append([escape(row.name), *shown, score, number(round(row.threshold, 3)), state])
+    heads = ["median (10 to 90 %)", "experiment", "reference", "method", "score", "alarm above", "state"]
     return f'<section class="card"><h2>Drift against the reference period</h2><p class="soft">{escape(note)}</p>{_table(heads, cells)}</section>'
 
 
@@ -274,12 +307,12 @@ _COUNT_TEXT = {
 }
 
 
-def _notes_card(result: dict[str, Any], alpha: float, window_hours: float) -> str:
+def _notes_card(result: dict[str, Any], plan: ExperimentPlan) -> str:
     main, counts = result["lifts"][result["primary"]], result["counts"]
     rule = "one look at the planned size (Welch's test on per-user sums)" if result["rule"] == "fixed" else "the always-valid interval, at any look"
     rows = [
         ("Unit", "the user; ratios of sums over users, variance by the delta method, log interval for lifts"),
-        ("Decided by", f"{escape(main['label'])}, {rule}, two-sided error {100 * alpha:g} %; p of the other metrics is adjusted (Benjamini-Hochberg)"),
+        ("Decided by", f"{escape(main['label'])}, {rule}, two-sided error {100 * plan.alpha:g} %; p of the other metrics is adjusted (Benjamini-Hochberg)"),
         ("May be watched daily", f"always-valid interval of the deciding lift: {percent(main['always_valid_low'])} to {percent(main['always_valid_high'])}"),
         ("This size finds", f"lifts of {escape(main['label'])} from {percent(main['least_detectable_lift'])} on, four times out of five"),
     ]
@@ -294,7 +327,7 @@ def _notes_card(result: dict[str, Any], alpha: float, window_hours: float) -> st
         c = result["cuped"]
         text = f"{percent(c['lift'])} ({percent(c['lift_low'])} to {percent(c['lift_high'])}), correlation with the pre-period {c['correlation']:.2f}; shown, does not decide"
         rows.append(("With the users' own past taken out (CUPED)", text))
-    rows.append(("Counted", f"clicks and purchases within {window_hours:g} h of their impression: {number(counts['clicks'])} clicks, {number(counts['purchases'])} purchases; observed only, no simulator truth"))
+    rows.append(("Counted", f"clicks and purchases within {plan.window_hours:g} h of their impression: {number(counts['clicks'])} clicks, {number(counts['purchases'])} purchases; observed only, no simulator truth"))
     odd = "; ".join(f"{number(counts[key])} {text}" for key, text in _COUNT_TEXT.items() if counts[key]) or "nothing"
     rows.append(("Did not fit", odd))
     return '<section class="card"><h2>How this was computed</h2><dl>' + "".join(f"<dt>{k}</dt><dd>{v}</dd>" for k, v in rows) + "</dl></section>"
@@ -351,13 +384,12 @@ def _segments_card(result: dict[str, Any], control: str, treatment: str) -> str:
         state = '<span class="state calm">differs</span>' if p is not None and p < 0.05 else ""
         rows.append([name, escape(record["label"].split(",")[0]), number(record["users"]), lift, p_text(p), state])
     text = f"{treatment} over {control} inside cities, hours, and new or returning users. p is adjusted over all rows of a metric (Benjamini-Hochberg): a place to look next, not to decide by."
-    return f'<section class="card" id="segments"><h2>Segments</h2><p class="soft">{escape(text)}</p>{_table(["", "metric", "users", "lift, 95 % interval", "p", ""], rows)}</section>'
+    return f'<section class="card" id="segments"><h2>Segments</h2><p class="soft">{escape(text)}</p>{_table(["", "metric", "users", f"lift, {interval_name(result)}", "p", ""], rows)}</section>'
 
 
-def render(
-    result: dict[str, Any], days: pd.DataFrame, drift_rows: list[DriftRow], drift_note: str, control: str, treatment: str, title: str, alpha: float, window_hours: float, experiment: dict[str, Any] | None
-) -> str:
-    """The whole page. `result` is the content of ab_result.json, `days` the sums by arm and day, `experiment` the driver's summary if there is one."""
+def render(result: dict[str, Any], days: pd.DataFrame, drift_rows: list[DriftRow], drift_note: str, plan: ExperimentPlan, title: str) -> str:
+    """The whole page. `result` is the content of ab_result.json, `days` the sums by arm and day."""
+    control, treatment = plan.control, plan.treatment
     verdict = result["verdict"]
     dates = sorted(days["day"].unique())
     span = "no traffic" if not dates else (dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}")
@@ -368,24 +400,25 @@ def render(
     trends = "".join(_trend(days, name, control, treatment) for name in dict.fromkeys((result["primary"] if result["primary"] in TRENDS else "rpm", "ctr")))
     legend = f'<p class="soft"><span class="key a"></span>{escape(control)} &nbsp; <span class="key b"></span>{escape(treatment)} &nbsp; bars: 95 % intervals</p>'
     policies = "; ".join(f"{arm}: {', '.join(record['policies']) or 'no answer'}" for arm, record in result["arms"].items())
-    rest = [name for name in result["lifts"] if name not in HEADLINE]
-    return f"""<!doctype html>
+    rest = [name for name in result["lifts"] if name not in shown_first(result)]
+    html = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><link rel="icon" href="data:,"><title>{escape(verdict["headline"])}</title><style>{_STYLE}</style></head>
 <body><main>
 <header><span>{escape(title)}</span><span>{escape(span)} &middot; {number(result["users"])} of {number(result["planned_users"])} planned users</span></header>
 <section class="card verdict {_TONE[verdict["code"]]}" id="verdict"><h1>{escape(verdict["headline"])}</h1><p>{escape(verdict["sentence"])}</p>{f"<ul>{reasons}</ul>" if reasons else ""}</section>
 <div class="first">
-<section class="card" id="lifts">{_arms_table(result, control, treatment, list(HEADLINE), False)}</section>
+<section class="card" id="lifts">{_arms_table(result, control, treatment, shown_first(result), False)}{_sureness(result)}</section>
 <section class="card" id="trend"><div class="trends">{trends}</div>{legend}</section>
 </div>
 {_treatments_card(result, control)}
 {_alarms_card(texts)}
-{_guardrail_card(result)}
+{_guardrail_card(result, plan)}
 <section class="card"><h2>More numbers</h2>{_arms_table(result, control, treatment, rest, True)}</section>
 {_segments_card(result, control, treatment)}
 {_drift_card(drift_rows, drift_note)}
-{_service_card(experiment)}
-{_notes_card(result, alpha, window_hours)}
+{_service_card(result["service"])}
+{_notes_card(result, plan)}
 <footer>Policies: {escape(policies)}. Beside this page: <a href="evidently.html">evidently.html</a> (distributions), <a href="ab_result.json">ab_result.json</a> (the same numbers for machines).</footer>
 </main></body></html>
 """
+    return html.replace(" %", "\N{NO-BREAK SPACE}%")

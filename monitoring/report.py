@@ -44,15 +44,12 @@ class MonitorResult:
     severity: Severity
     report: Path
     json: Path
+    traffic: Path
+    """The clean logs that were judged: input of a training."""
     analysis: Analysis
     drift: list[DriftRow]
     alarms: list[str]
     retraining: list[str]
-
-    @property
-    def retraining_day(self) -> str:
-        """Last day of the traffic: names the logs of a retraining."""
-        return str(self.analysis.days["day"].max())
 
     @property
     def exit_code(self) -> int:
@@ -228,7 +225,7 @@ def monitor(
 
     snapshot = evidently_report.write(out, found.analysis, plan, found.columns, found.drift, config.drift, workspace, title)
     result["evidently_tests"] = [{"name": test["name"], "status": test["status"].name} for test in snapshot["tests"]]
-    html = page.render(result, found.analysis.days, found.drift, found.note, plan.control, plan.treatment, title, plan.alpha, plan.window_hours, summary)
+    html = page.render(result, found.analysis.days, found.drift, found.note, plan, title)
     logs.write_bytes(out / "report.html", html.encode())
     logs.write_bytes(out / "ab_result.json", (json.dumps(_finite(result), indent=1, allow_nan=False) + "\n").encode())
-    return MonitorResult(found.severity, out / "report.html", out / "ab_result.json", found.analysis, found.drift, found.alarms, found.retraining)
+    return MonitorResult(found.severity, out / "report.html", out / "ab_result.json", traffic, found.analysis, found.drift, found.alarms, found.retraining)

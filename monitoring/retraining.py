@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -10,6 +11,15 @@ import pandas as pd
 
 from marketplace import logs
 from marketplace.schema import OPTIONAL_TABLES, TABLES
+
+
+def training_logs(reference: Path, traffic: Path, folder: Path) -> Path:
+    """`merge_logs` into `<folder>/retrain-<hash of both>`: the same two folders of logs give the same one, which is written once."""
+    identity = hashlib.sha256((logs.data_hash(Path(reference)) + logs.data_hash(Path(traffic))).encode()).hexdigest()[:12]
+    out = Path(folder) / f"retrain-{identity}"
+    if not out.exists():
+        merge_logs(reference, traffic, out)
+    return out
 
 
 def merge_logs(reference: Path, traffic: Path, out: Path) -> dict[str, int]:
@@ -22,8 +32,19 @@ def merge_logs(reference: Path, traffic: Path, out: Path) -> dict[str, int]:
         raise FileExistsError(f"{final} exists already; logs are written into a new folder: delete it or give another one")
     part = final.with_name(f".{final.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    sides = [Path(reference), Path(traffic)]
-    days_of = {}
+    try:
+        days_of = _merge_into(part, Path(reference), Path(traffic))
+        logs.write_manifest(part, {"source": "reference and monitored traffic", "days": days_of})
+        os.replace(part, final)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return days_of
+
+
+def _merge_into(part: Path, reference: Path, traffic: Path) -> dict[str, int]:
+    """Every table of both folders, day by day; returns days by table."""
+    sides = [reference, traffic]
+    days_of: dict[str, int] = {}
     for name, table in (TABLES | OPTIONAL_TABLES).items():
         found = [set(logs.days_of(side, name)) if logs.has_table(side, name) else set() for side in sides]
         for day in sorted(found[0] | found[1]):
@@ -37,6 +58,4 @@ def merge_logs(reference: Path, traffic: Path, out: Path) -> dict[str, int]:
             logs.write_table(part, name, pd.concat([old, new], ignore_index=True).drop_duplicates(list(table.key), keep="last", ignore_index=True))
         if name in TABLES or found[0] | found[1]:
             days_of[name] = len(found[0] | found[1])
-    logs.write_manifest(part, {"source": "reference and monitored traffic", "days": days_of})
-    os.replace(part, final)
     return days_of

@@ -175,8 +175,8 @@ def _changes(now: pd.DataFrame, past: pd.DataFrame, dimensions: tuple[str, ...],
         history = _by_day(past, column)
         before = history.groupby(level=0).sum()
         present = now.groupby(column, observed=True)["click"].agg(imps="size", clicks="sum")
-        if dimension != "all traffic" and len(present) < 2 and len(before) < 2:
-            continue  # a single city is all traffic
+        if present.empty or (dimension != "all traffic" and len(present) < 2 and len(before) < 2):
+            continue  # ads that the catalogue does not know, or a single city, which is all traffic
         before = before.reindex(present.index, fill_value=0)
         scale = (now["click"].mean() / past["click"].mean()) if relative and past["click"].sum() and now["click"].sum() else 1.0
         columns = [frame[name].to_numpy(np.float64) for frame, name in ((present, "clicks"), (present, "imps"), (before, "clicks"), (before, "imps"))]

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from marketplace import logs
-from marketplace.schema import IMPRESSIONS, REQUESTS, TIMESTAMP
+from marketplace.schema import IMPRESSIONS, OPTIONAL_TABLES, REQUESTS, TIMESTAMP
 from monitoring.facts import Counts, build_facts, join_events
 
 EVENTS = pa.schema(
@@ -42,7 +42,7 @@ EVENTS = pa.schema(
 """Raw outcome events: kind "click" or "purchase"; order_value in currency, 0 for clicks."""
 
 STATE = "store.json"
-ROWS_AT_ONCE = 2_000_000
+ROWS_AT_ONCE = 500_000
 """Rows of one task; a day with more is joined in buckets of request ids."""
 LOOK_BACK_DAYS = 7
 """An event whose impression is older than this counts as an orphan, not as late."""
@@ -113,12 +113,16 @@ def _inputs(raw: Path, day: date, window_hours: float) -> dict[str, list[Path]]:
     }
 
 
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
 def _digest(raw: Path, inputs: dict[str, list[Path]], window_hours: float) -> str:
     lines = [f"window {window_hours}"]
     for files in inputs.values():
         for file in files:
-            with open(file, "rb") as opened:
-                lines.append(f"{file.relative_to(raw)} {hashlib.file_digest(opened, 'sha256').hexdigest()}")
+            lines.append(f"{file.relative_to(raw)} {_sha256(file)}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -170,7 +174,7 @@ def add_counts(parts: Iterable[Counts]) -> Counts:
     return Counts(**{field.name: sum(getattr(part, field.name) for part in parts) for field in fields(Counts)})
 
 
-def _swap(part: Path, final: Path) -> None:
+def replace_folder(part: Path, final: Path) -> None:
     """Put a finished folder in the place of an older one; a reader may see neither for a moment, never half."""
     old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -213,34 +217,41 @@ def update(raw: Path, out: Path, window_hours: float = 24.0, rows_at_once: int =
     """Bring the store `out` up to the raw traffic: new and changed days are joined, others are left as they are.
 
     Args: raw and out, folders, see the module's text; rows_at_once, bound of one task's rows (memory: about 400 bytes a row and worker).
-    A folder `ads`, `users` or `behaviours` of the raw traffic is taken over as it is. Raises LogError for damaged files.
+    The other tables of the raw traffic (ads, users, behaviours and the optional ones) are taken over as they are. Raises LogError for damaged files.
     """
     import dask
 
     raw, out = Path(raw), Path(out)
     days = sorted({day for table in ("requests", "impressions") for day in logs.days_of(raw, table)} | _event_days(raw))
     state, written = _state(out), []
+    tables = [table for table in ("ads", "users", "behaviours", *OPTIONAL_TABLES) if (raw / table).is_dir()]
+    carried = [(file, out / file.relative_to(raw)) for table in tables for file in sorted((raw / table).glob("*/*.parquet")) if not file.name.startswith(".")]
+    changed = [(file, kept) for file, kept in carried if not (kept.is_file() and _sha256(file) == _sha256(kept))]
     for day in tqdm(days, desc="join events", unit="day", disable=not progress):
         inputs = _inputs(raw, day, window_hours)
         digest = _digest(raw, inputs, window_hours)
         if state.get(str(day), {}).get("digest") == digest:
             continue
+        (out / logs.MANIFEST).unlink(missing_ok=True)  # whoever is stopped from here on leaves a store without a manifest, never with a wrong one
         rows = _rows(inputs["impressions"] + inputs["events"])
         buckets = 1 << max(0, int(np.ceil(np.log2(max(1, rows) / rows_at_once))))
         part = out / f".{day}.part"
         shutil.rmtree(part, ignore_errors=True)
-        tasks = [dask.delayed(_join_bucket)(raw, part, day, window_hours, bucket, buckets) for bucket in range(buckets)]
-        counts = add_counts(dask.compute(*tasks, scheduler="threads", num_workers=workers))
-        for table in (name for name in ("requests", "impressions") if (part / name).is_dir()):
-            _swap(part / table, out / table / f"day={day}")
-        shutil.rmtree(part, ignore_errors=True)
+        try:
+            tasks = [dask.delayed(_join_bucket)(raw, part, day, window_hours, bucket, buckets) for bucket in range(buckets)]
+            counts = add_counts(dask.compute(*tasks, scheduler="threads", num_workers=workers))
+            for table in (name for name in ("requests", "impressions") if (part / name).is_dir()):
+                replace_folder(part / table, out / table / f"day={day}")
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
         state[str(day)] = {"digest": digest, "counts": asdict(counts)}
         logs.write_bytes(out / STATE, (json.dumps({"days": dict(sorted(state.items()))}, indent=1) + "\n").encode())
         written.append(day)
-    for table in ("ads", "users", "behaviours"):
-        if (raw / table).is_dir():
-            shutil.copytree(raw / table, out / table, dirs_exist_ok=True)
-    if written or not (out / logs.MANIFEST).is_file():
+    if changed:
+        (out / logs.MANIFEST).unlink(missing_ok=True)
+    for file, kept in changed:
+        logs.write_bytes(kept, file.read_bytes())
+    if not (out / logs.MANIFEST).is_file():
         logs.write_manifest(out, {"source": "raw traffic", "rows": {"days": len(days)}})
     kept = sorted(date.fromisoformat(day) for day in state)
     return Update(kept, written, add_counts(Counts(**state[str(day)]["counts"]) for day in kept))

@@ -166,6 +166,18 @@ def users_with_prices(users: pd.DataFrame, facts: Facts, prices: pd.DataFrame | 
     return joined
 
 
+def _guardrail(
+    name: str, label: str, value: float, low: float, high: float, limit: float, harmed: bool, relative: bool = False, users_needed: float = math.nan, unit: str = "%", exact_p: float | None = None
+) -> dict[str, Any]:  # fmt: skip
+    """One guardrail as the report shows it (F11). `relative`: a lift that must stay above `limit`; else a rise that must stay below it.
+    `unit`: "%" for relative changes, "pp" (percentage points) for differences of shares."""
+    passed = low > limit if relative else high < limit
+    return {
+        "name": name, "label": label, "value": value, "low": low, "high": high, "limit": limit, "passed": bool(passed), "harmed": bool(harmed), "relative": relative,
+        "unit": unit, "users_needed": users_needed, "exact_p": exact_p,
+    }  # fmt: skip
+
+
 def _overcharge(users: pd.DataFrame, plan: ExperimentPlan) -> dict[str, Any] | None:
     """Guardrail of honest prices: charged over critical price of the treatment, upper bound below 1 + margin (F11)."""
     if "critical" not in users:
@@ -174,18 +186,7 @@ def _overcharge(users: pd.DataFrame, plan: ExperimentPlan) -> dict[str, Any] | N
     if not (estimate.value > 0 and estimate.users > 1):
         return None
     off = ab_stats.lift(ab_stats.Estimate(1.0, 0.0, 10**9), estimate, plan.alpha)
-    return {
-        "name": "charged_over_critical",
-        "label": "Charged over critical price",
-        "value": off.value,
-        "low": off.low,
-        "high": off.high,
-        "limit": plan.overcharge_margin,
-        "passed": bool(off.high < plan.overcharge_margin),
-        "harmed": bool(off.low > plan.overcharge_margin),
-        "users_needed": math.nan,
-        "relative": False,
-    }
+    return _guardrail("charged_over_critical", "Charged over critical price", off.value, off.low, off.high, plan.overcharge_margin, off.low > plan.overcharge_margin)
 
 
 def _lift_record(users: pd.DataFrame, name: str, plan: ExperimentPlan, planned: int) -> dict[str, Any]:
@@ -238,46 +239,21 @@ def _cuped_record(users: pd.DataFrame, before: pd.DataFrame | None, plan: Experi
 def _guardrails(users: pd.DataFrame, lifts: dict[str, dict[str, Any]], plan: ExperimentPlan, planned: int) -> list[dict[str, Any]]:
     """Proven by the plan's own interval, harmed only by the always-valid one: a guardrail may stop the test at any look."""
     records = []
-    share = (plan.treatment_share) / (1 - plan.treatment_share)
+    share = plan.treatment_share / (1 - plan.treatment_share)
     for name, margin in plan.guardrails.items():
         record = lifts[name]
         low, high = (record["always_valid_low"], record["always_valid_high"]) if plan.rule == "always_valid" else (record["lift_low"], record["lift_high"])
         needed = ab_stats.users_needed(record["spread"], -margin, share) * (1 + share) if record["spread"] > 0 else math.nan
-        records.append(
-            {
-                "name": name,
-                "label": METRICS[name].label,
-                "value": record["lift"],
-                "low": low,
-                "high": high,
-                "limit": -margin,
-                "passed": bool(low > -margin),
-                "harmed": bool(record["always_valid_high"] < -margin),
-                "users_needed": needed,
-                "relative": True,
-            }
-        )
+        harmed = record["always_valid_high"] < -margin
+        records.append(_guardrail(name, METRICS[name].label, record["lift"], low, high, -margin, harmed, relative=True, users_needed=needed))
     for name, label in (("slow", f"Answers slower than {plan.slow_answer_ms:g} ms"), ("degraded", "Degraded answers")):
         if name not in users:
             continue
         a, b = (arm_estimate(users, arm, name, "answered") for arm in (plan.control, plan.treatment))
         change = ab_stats.difference(a, b, plan.alpha)
         sequence = ab_stats.always_valid(change.value, change.standard_error**2, max(1, a.users + b.users), planned, plan.alpha)
-        records.append(
-            {
-                "name": name,
-                "label": label,
-                "value": change.value,
-                "low": change.low,
-                "high": change.high,
-                "limit": plan.service_margin,
-                "passed": bool(change.high < plan.service_margin),
-                "harmed": bool(sequence.low > plan.service_margin),
-                "users_needed": math.nan,
-                "relative": False,
-                "exact_p": _exact_p(users, plan, name),
-            }
-        )
+        harmed = sequence.low > plan.service_margin
+        records.append(_guardrail(name, label, change.value, change.low, change.high, plan.service_margin, harmed, unit="pp", exact_p=_exact_p(users, plan, name)))
     overcharge = _overcharge(users, plan)
     if overcharge is not None:
         records.append(overcharge)
@@ -302,30 +278,34 @@ MOST_FOR_BOSCHLOO = 400
 EXACT_CALIBRATION = ab_stats.Estimate(1.0, 0.0, 10**9)
 
 
-def _expected_calibration(before: pd.DataFrame | None) -> ab_stats.Estimate:
+def _expected_calibration(before: pd.DataFrame | None, day_variance: float) -> ab_stats.Estimate:
     """Predicted over observed clicks of the reference period's last days; 1 where there is none."""
     if before is None or not before["clicks"].sum() > 0:
         return EXACT_CALIBRATION
-    return ab_stats.ratio_per_user(before["predicted"].to_numpy(), before["clicks"].to_numpy())
+    return integrity.with_day_variance(ab_stats.ratio_per_user(before["predicted"].to_numpy(), before["clicks"].to_numpy()), day_variance, CALIBRATION_DAYS)
 
 
-def _calibration(users: pd.DataFrame, expected: dict[str, ab_stats.Estimate], plan: ExperimentPlan) -> list[dict[str, Any]]:
+def _calibration(users: pd.DataFrame, expected: dict[str, ab_stats.Estimate], plan: ExperimentPlan, day_variance: float, days: int) -> list[dict[str, Any]]:
     """Predicted over observed clicks of each arm. Expected is 1; of an arm whose policy wrote the reference logs, what it had just before (with that figure's own error)."""
     records = []
     for arm, wanted in expected.items():
-        estimate = arm_estimate(users, arm, "predicted", "clicks")
+        estimate = integrity.with_day_variance(arm_estimate(users, arm, "predicted", "clicks"), day_variance, days)
         own, off = ab_stats.lift(EXACT_CALIBRATION, estimate, plan.alpha), ab_stats.lift(wanted, estimate, plan.alpha)
         alarm = off.low > plan.calibration_margin or off.high < -plan.calibration_margin
         records.append({"arm": arm, "predicted_over_observed": estimate.value, "low": 1 + own.low, "high": 1 + own.high, "expected": wanted.value, "alarm": bool(alarm)})
     return records
 
 
-def _percent(value: float, digits: int = 1) -> str:
-    return "unknown" if not math.isfinite(value) else f"{100 * value:+.{digits}f} %".replace("-", "\N{MINUS SIGN}")
+def _percent(value: float, digits: int = 1, unit: str = "%") -> str:
+    return "unknown" if not math.isfinite(value) else f"{100 * value:+.{digits}f} {unit}".replace("-", "\N{MINUS SIGN}")
 
 
-def _interval(low: float, high: float) -> str:
-    return f"{_percent(low)} to {_percent(high)}"
+def _interval(low: float, high: float, unit: str = "%") -> str:
+    return f"{_percent(low, unit=unit)} to {_percent(high, unit=unit)}"
+
+
+def _guardrail_text(record: dict[str, Any]) -> str:
+    return f"{record['label']}: {_percent(record['value'], unit=record['unit'])} ({_interval(record['low'], record['high'], record['unit'])})"
 
 
 def _broken(facts: Facts, users: pd.DataFrame, plan: ExperimentPlan, responses: pd.DataFrame | None, completeness: float | None) -> list[str]:
@@ -370,7 +350,7 @@ def decide(
         worst = main["always_valid_high"] if sequence_harm and not may_decide else high
         return Verdict("stop", f"Stop: {arm} loses {name}", f"{arm} loses at least {_percent(-worst).lstrip('+')} of {name}: {result}.", [])
     if harmed:
-        reasons = [f"{g['label']}: {_percent(g['value'])} ({_interval(g['low'], g['high'])}), limit {_percent(g['limit'])}." for g in harmed]
+        reasons = [f"{_guardrail_text(g)}, limit {_percent(g['limit'], unit=g['unit'])}." for g in harmed]
         return Verdict("stop", f"Stop: {arm} breaks a guardrail", f"{harmed[0]['label']} is beyond its limit. {result}.", reasons)
     unproven = [g for g in guardrails if not g["passed"]]
     if may_decide and main["lift"] > 0 and p < plan.alpha:
@@ -379,7 +359,7 @@ def decide(
             return Verdict("ship", f"Ship {arm}: {name} {_percent(main['lift'])}", f"{result}{'; ' + safe if safe else ''}.", [])
         reasons = []
         for g in unproven:
-            text = f"{g['label']}: {_percent(g['value'])} ({_interval(g['low'], g['high'])}), must be shown to stay {'above' if g['relative'] else 'below'} {_percent(g['limit'])}"
+            text = f"{_guardrail_text(g)}, must be shown to stay {'above' if g['relative'] else 'below'} {_percent(g['limit'], unit=g['unit'])}"
             more = f"; about {max(0, math.ceil(g['users_needed']) - users):,} more users" if math.isfinite(g["users_needed"]) and g["users_needed"] > users else ""
             reasons.append(f"{text}{more}.")
         return Verdict("win_not_safe", f"A win, not yet safe: {name} {_percent(main['lift'])}", f"{result}, but not every guardrail is proven.", reasons)
@@ -443,7 +423,8 @@ def analyse(
     pairs = [dataclasses.replace(plan, treatment=arm, others={}) for arm in plan.treatments]
     judged = _judge(facts, users, pairs, broken, plan.planned_users)
     main = judged[plan.treatment]
-    expected = {arm: _expected_calibration(recent) if before is not None and policies(facts, arm) <= policies(before) else EXACT_CALIBRATION for arm in arms}
+    day_variance = 0.0 if before is None else integrity.calibration_day_variance(before)
+    expected = {arm: _expected_calibration(recent, day_variance) if before is not None and policies(facts, arm) <= policies(before) else EXACT_CALIBRATION for arm in arms}
     counts = [int((users["arm"] == arm).sum()) for arm in arms]
     shares = list(plan.shares.values())
     known_users = None if past is None else set(past["user_id"])
@@ -460,9 +441,10 @@ def analyse(
         "treatments": {arm: {**record, "verdict": record["verdict"].__dict__} for arm, record in judged.items()},
         "verdict": main["verdict"].__dict__,
         "primary": plan.primary,
+        "alpha": plan.alpha,
         "rule": plan.rule,
-        "calibration": _calibration(users, expected, plan),
-        "calibration_alarms": integrity.calibration_by_day(facts, groups, plan.calibration_margin, false_alarm_rate),
+        "calibration": _calibration(users, expected, plan, day_variance, facts.requests["day"].nunique()),
+        "calibration_alarms": integrity.calibration_by_day(facts, groups, plan.calibration_margin, false_alarm_rate, day_variance),
         "traffic_alarms": integrity.short_traffic(users, past, arms),
         "segments": segments.segment_lifts(facts, plan.control, plan.treatment, shown, plan.alpha, known_users),
         "novelty": novelty(facts, plan),

@@ -19,16 +19,11 @@ def merge_logs(reference: str, logs: str, out: str, summary: str, code_version: 
     Returns:
         "retrain: FOLDER: reasons".
     """
-    import hashlib
     import json
     from pathlib import Path
 
-    from marketplace.logs import data_hash
-    from monitoring.retraining import merge_logs as merge
+    from monitoring.retraining import training_logs
 
     found = json.loads(summary)
-    identity = hashlib.sha256((data_hash(Path(reference)) + data_hash(Path(logs))).encode()).hexdigest()[:12]
-    folder = Path(out).parent / f"retrain-{identity}"
-    if not folder.exists():
-        merge(Path(reference), Path(logs), folder)
+    folder = training_logs(Path(reference), Path(logs), Path(out).parent)
     return f"retrain: {folder}: {', '.join(found['retraining'])}"

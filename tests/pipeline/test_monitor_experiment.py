@@ -31,8 +31,9 @@ def _raw(folder: Path, tables: dict[str, pd.DataFrame]) -> Path:
     for name, frame in (("requests", tables["requests"]), ("impressions", bare)):
         twice = pd.concat([frame, frame.sample(frac=0.1, random_state=1)], ignore_index=True).sample(frac=1.0, random_state=2)
         for day, rows in twice.groupby(twice["event_timestamp"].dt.date):
-            arrow = logs.table_of(name).arrow
-            logs.write_parquet(folder / name / f"day={day}" / "part-0.parquet", pa.Table.from_pandas(rows[arrow.names], schema=arrow, preserve_index=False))
+            table = logs.table_of(name)
+            whole = logs.with_defaults(rows, table)[table.names]
+            logs.write_parquet(folder / name / f"day={day}" / "part-0.parquet", pa.Table.from_pandas(whole, schema=table.arrow, preserve_index=False))
     write_events(folder, events_of(shown).sample(frac=1.0, random_state=int(rng.integers(100))))
     for name in ("ads", "users"):
         logs.write_table(folder, name, tables[name])

@@ -38,6 +38,10 @@ def market(tmp_path_factory):
     return run, home
 
 
+def _drive(run: Path, home: Path, monitoring: MonitorConfig, driver: DriverConfig):
+    return ab.execute(ab.Experiment(run, home, monitoring, driver, progress=False))
+
+
 def _approved(home: Path, run: Path, seed: int) -> str:
     from model.bundle import signing_key
     from serving.store import approve_bundle, write_gate_record
@@ -53,7 +57,7 @@ def test_three_arms_of_one_policy_under_delivery_faults_show_no_difference_and_l
     run, home = market
     driver = DriverConfig(workers=2, control_policy="bootstrap", treatment_policy="bootstrap", other_policies={"third": "bootstrap"}, faults=FaultConfig(duplicates=0.5, delay=0.4, clock_skew_seconds=30))
     plan = ExperimentPlan(treatment="second", others={"third": 1 / 3})
-    summary, result = ab.execute(run, home, MonitorConfig(plan=plan), driver, progress=False)
+    summary, result = _drive(run, home, MonitorConfig(plan=plan), driver)
     record = json.loads(result.json.read_text())
     assert set(record["arms"]) == {"control", "second", "third"} and set(record["treatments"]) == {"second", "third"}
     assert record["completeness"] == 1.0
@@ -68,22 +72,22 @@ def test_three_arms_of_one_policy_under_delivery_faults_show_no_difference_and_l
 def test_lost_clicks_make_the_experiment_invalid(market):
     run, home = market
     driver = DriverConfig(workers=2, treatment_policy="bootstrap", faults=FaultConfig(loss=0.2))
-    summary, result = ab.execute(run, home, MonitorConfig(), driver, progress=False)
+    summary, result = _drive(run, home, MonitorConfig(), driver)
     assert summary.lost > 0
     assert result.analysis.verdict.code == "invalid"
     assert any("of what the clients saw" in reason for reason in result.analysis.verdict.reasons)
 
 
 def test_the_plan_says_what_the_users_can_find(market, capsys):
-    run, _ = market
-    text = ab.plan_text(run)
+    run, home = market
+    text = ab.plan_text(ab.Experiment(run, home, MonitorConfig(), DriverConfig()))
     assert "RPM per 1000 impressions decides" in text and "expect it unproven" in text
 
 
 def test_arms_that_do_not_fit_the_plan_are_named(market):
     run, home = market
     with pytest.raises(ab.AbError, match="third"):
-        ab.execute(run, home, MonitorConfig(plan=ExperimentPlan(others={"third": 0.3})), DriverConfig(), progress=False)
+        _drive(run, home, MonitorConfig(plan=ExperimentPlan(others={"third": 0.3})), DriverConfig())
 
 
 @pytest.mark.soak
@@ -92,13 +96,13 @@ def test_two_models_run_beside_each_other_and_as_a_shadow(market):
     tags = [_approved(home, run, seed) for seed in (0, 1)]
     plan = ExperimentPlan(treatment="first", others={"second": 1 / 3})
     driver = DriverConfig(workers=2, treatment_policy=tags[0], other_policies={"second": tags[1]})
-    summary, result = ab.execute(run, home, MonitorConfig(plan=plan), driver, progress=False)
+    summary, result = _drive(run, home, MonitorConfig(plan=plan), driver)
     assert summary.errors == 0
     policies = {arm: record["policies"] for arm, record in result.analysis.result["arms"].items()}
     assert policies["control"] == ["bootstrap-1"] and len({policies["first"][0], policies["second"][0], "bootstrap-1"}) == 3
     assert result.analysis.result["completeness"] == 1.0
 
-    summary, shadow = ab.execute(run, home, MonitorConfig(plan=ExperimentPlan(treatment="first")), DriverConfig(workers=2, treatment_policy=tags[0], shadow=True), progress=False)
+    summary, shadow = _drive(run, home, MonitorConfig(plan=ExperimentPlan(treatment="first")), DriverConfig(workers=2, treatment_policy=tags[0], shadow=True))
     assert summary.errors == 0 and shadow.requests == summary.answered
     compared = pd.read_parquet(shadow.report.parent / "shadow.parquet")
     assert set(compared["model_version_shadow"]) == {policies["first"][0]}

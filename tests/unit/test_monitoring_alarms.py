@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from benchmarks.experiments import INJECTED, ab, alarms
-from monitoring import segments
+from monitoring import ab_stats, integrity, segments
 from monitoring.drift import LogTables
 from monitoring.facts import build_facts
 from monitoring.report import look
@@ -78,6 +78,27 @@ def test_a_split_that_breaks_in_one_city_is_named():
     away = (tables["requests"]["arm"] == "ega") & (tables["requests"]["city_id"] == 3) & (tables["requests"]["user_id"] % 4 == 0)
     found = look(build_facts(tables["requests"][~away], tables["impressions"]), LogTables(tables["ads"], tables["users"]))
     assert any(text.startswith("In city 3 users are not split as planned") for text in found.analysis.verdict.reasons)
+
+
+def test_days_on_which_a_policy_predicts_too_much_widen_the_calibrations_range():
+    """Reference days off by 6 % at random: the day variance is found, and a day that is 12 % off is no news; without shocks it is none."""
+    tables = monitoring_traffic.traffic(0, days=14, users=4000)
+    day = tables["impressions"]["event_timestamp"].dt.dayofyear
+    shocks = np.random.default_rng(3).normal(0, 0.06, 14)[(day - day.min()).to_numpy()]
+    shocked = tables["impressions"].assign(pctr=(tables["impressions"]["pctr"] * np.exp(shocks)).astype(np.float32))
+    quiet, loud = (integrity.calibration_day_variance(build_facts(tables["requests"], shown)) for shown in (tables["impressions"], shocked))
+    assert quiet < 0.0015 < 0.06**2 / 2 < loud < 2.5 * 0.06**2
+    now = build_facts(tables["requests"], tables["impressions"].assign(pctr=(tables["impressions"]["pctr"] * 1.15).astype(np.float32)))
+    groups = [("arm none", ("none",), ab_stats.Estimate(1.0, 1e-4, 4000))]
+    assert integrity.calibration_by_day(now, groups, 0.1, 0.05, 0.0)
+    assert not integrity.calibration_by_day(now, groups, 0.1, 0.05, 0.06**2 * 4)
+
+
+def test_ads_that_the_catalogue_does_not_know_do_not_end_the_report(past):
+    tables = _day()
+    strange = {**tables, "ads": tables["ads"].iloc[:0], "impressions": tables["impressions"].assign(ad_id=tables["impressions"]["ad_id"] + 10**6)}
+    found, _ = _looked(strange, past)
+    assert found.analysis.verdict.code != "invalid"
 
 
 def test_predictive_p_holds_its_level_on_segments_like_those_of_the_past():

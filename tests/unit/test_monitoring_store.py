@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
+import monitoring_traffic
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,7 +14,7 @@ from benchmarks.experiments import events, write_raw_events
 from marketplace import logs
 from marketplace.schema import IMPRESSIONS, REQUESTS
 from monitoring import store
-from monitoring.facts import build_facts, per_user, read_facts
+from monitoring.facts import build_facts, events_of, join_events, per_user, read_facts
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +55,6 @@ def test_days_and_buckets_equal_one_join_of_everything(raw, tmp_path):
 def test_a_second_update_does_nothing_and_new_events_touch_their_days_only(raw, tmp_path):
     folder, _ = raw
     copy, out = tmp_path / "raw", tmp_path / "store"
-    import shutil
-
     shutil.copytree(folder, copy)
     first = store.update(copy, out)
     assert first.written == first.days
@@ -72,8 +72,6 @@ def test_a_second_update_does_nothing_and_new_events_touch_their_days_only(raw, 
 
 def test_orphans_late_and_impossible_events_are_counted_apart(raw, tmp_path):
     folder, _ = raw
-    import shutil
-
     copy = tmp_path / "raw"
     shutil.copytree(folder, copy)
     before = store.update(copy, tmp_path / "store").counts
@@ -99,10 +97,57 @@ def test_the_store_is_a_folder_of_training_logs(raw, tmp_path):
     assert not table.duplicated(["request_id", "slot"]).any()
 
 
+def test_a_store_that_was_stopped_half_way_is_brought_up_again_with_a_manifest_that_fits(raw, tmp_path, monkeypatch):
+    """The disk is full at one of the writes: what is there has no manifest, and the next update ends like an undisturbed one."""
+    folder, _ = raw
+    copy, undisturbed, calls, failing = tmp_path / "raw", tmp_path / "undisturbed", 0, 0
+    shutil.copytree(folder, copy)
+    logs.write_table(copy, "ads", monitoring_traffic.traffic(0, days=1)["ads"])
+    real = logs.write_bytes
+
+    def write(path, payload):
+        nonlocal calls
+        calls += 1
+        if calls == failing:
+            raise OSError(28, "No space left on device")
+        real(path, payload)
+
+    monkeypatch.setattr(logs, "write_bytes", write)
+    store.update(copy, undisturbed)
+    wanted, all_calls = logs.data_hash(undisturbed), calls
+    for failing in (1, all_calls // 2, all_calls - 1, all_calls):
+        out, calls = tmp_path / f"store-{failing}", 0
+        with pytest.raises(OSError, match="No space left"):
+            store.update(copy, out, workers=1)
+        assert not (out / logs.MANIFEST).exists()
+        store.update(copy, out)
+        assert logs.verify_manifest(out)["data_hash"] == wanted
+
+
+def test_a_new_day_of_the_catalogue_alone_is_taken_over(raw, tmp_path):
+    folder, _ = raw
+    copy = tmp_path / "raw"
+    shutil.copytree(folder, copy)
+    catalogue = monitoring_traffic.traffic(0, days=2)["ads"]
+    days = catalogue["event_timestamp"].unique()
+    logs.write_table(copy, "ads", catalogue[catalogue["event_timestamp"] == days[0]])
+    store.update(copy, tmp_path / "store")
+    logs.write_table(copy, "ads", catalogue)
+    assert store.update(copy, tmp_path / "store").written == []
+    assert len(logs.days_of(tmp_path / "store", "ads")) == 2
+    assert logs.verify_manifest(tmp_path / "store")["files"]
+
+
+def test_an_opened_creative_counts_whichever_copy_came_first():
+    shown = monitoring_traffic.traffic(0, days=1, users=5)["impressions"].iloc[:3].assign(creative_click=0)
+    opened = shown.assign(creative_click=[0, 1, 0])
+    for parts in ([shown, opened], [opened, shown]):
+        joined, _ = join_events(pd.concat(parts, ignore_index=True), events_of(shown), 24.0)
+        assert joined["creative_click"].tolist() == [0, 1, 0]
+
+
 def test_unreadable_and_wrong_input_is_named(raw, tmp_path):
     folder, _ = raw
-    import shutil
-
     copy = tmp_path / "raw"
     shutil.copytree(folder, copy)
     file = sorted((copy / "events").glob("*/*.parquet"))[0]
