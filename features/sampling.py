@@ -272,9 +272,14 @@ class _Ads:
         return self.table["ad_id"].to_numpy()
 
 
+def _day_rows(frame: pd.DataFrame, days: list[date]) -> np.ndarray:
+    """Index into `days` of every row's UTC day."""
+    return np.searchsorted(np.array(days, "datetime64[D]"), microseconds(frame["event_timestamp"]).astype("datetime64[us]").astype("datetime64[D]"))
+
+
 def _read_ads(logs: Path, days: list[date]) -> _Ads:
     ads = read_table(logs, "ads", days=days)
-    day = np.searchsorted(np.array(days, "datetime64[D]"), microseconds(ads["event_timestamp"]).astype("datetime64[us]").astype("datetime64[D]"))
+    day = _day_rows(ads, days)
     empty = sorted(set(range(len(days))) - set(day.tolist()))
     if empty:
         raise ValueError(f"the ads table has no partition for {days[empty[0]]}, a day with requests; every such day needs its catalogue")
@@ -598,7 +603,7 @@ def _index_of_requests(requests: pd.DataFrame, ids: np.ndarray) -> np.ndarray:
 
 def _creative_counts(pages: _Pages, impressions: pd.DataFrame, calendar: list[date]) -> tuple[np.ndarray, np.ndarray]:
     """Impressions and clicks of every creative before each day, [T, G] each."""
-    day = np.searchsorted(np.array(calendar, "datetime64[D]"), microseconds(impressions["event_timestamp"]).astype("datetime64[us]").astype("datetime64[D]"))
+    day = _day_rows(impressions, calendar)
     row, click = pages.creative_rows(impressions["creative_id"].to_numpy()), impressions["click"].to_numpy()
     counts = np.zeros((2, len(calendar) + 1, len(pages.creatives)))
     known = row >= 0

@@ -474,6 +474,10 @@ ROW_RULES = (
         for table in ("behaviours", "requests", "impressions", "organic")
     ),
     RowRule(
+        "ad-has-a-creative", "ads", ("ads.ad_id", "creatives.ad_id"), "the table of creatives holds none of this ad's", "export every creative of the active ads, or leave the table out",
+        lambda look: _known(look, "ads.ad_id", "creatives.ad_id"), ("event_timestamp", "ad_id"),
+    ),
+    RowRule(
         "embeddings-usable", "creatives", ("creatives.embedding",), "the embedding is empty, not finite, or not as long as the others", "embed image and text of every creative with one model", _embeddings_usable,
         ("creative_id", "ad_id"),
     ),

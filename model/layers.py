@@ -299,3 +299,8 @@ def freeze_dice(module: nn.Module, frozen: bool = True) -> None:
     for layer in module.modules():
         if isinstance(layer, Dice):
             layer.frozen = frozen
+
+
+def masked_bce(logit: Tensor, label: Tensor, mask: Tensor) -> Tensor:
+    """Mean binary cross-entropy of the places where `mask` is true; 0 where there is none."""
+    return (F.binary_cross_entropy_with_logits(logit, label, reduction="none") * mask).sum() / mask.sum().clamp(min=1)

@@ -18,7 +18,7 @@ from auction.ties import tie_keys
 from marketplace import schema
 from model.ega_v2.allocation import ItemFeatures
 from model.ega_v2.beam import Catalogue, Offers
-from model.ega_v2.model import BEHAVIOUR_FIELDS, KM_PER_DEGREE, EgaV2Model
+from model.ega_v2.model import BEHAVIOUR_FIELDS, EgaV2Model
 from model.ega_v2.network import NONE, History, PageItems
 from model.ega_v2.stages import Sequences
 from model.training.data import City, Samples
@@ -60,8 +60,7 @@ class PageData:
     """One sample folder in the codes of one model."""
 
     def __init__(self, samples: Samples, model: EgaV2Model) -> None:
-        if not hasattr(samples, "exposed_creative"):
-            raise ValueError(f"{samples.folder} was sampled from logs without creatives; model.kind ega_v2 needs the table creatives (docs/data.md)")
+        require_pages(samples, model)
         self.samples, self.model = samples, model
         self.place_codes = torch.from_numpy(model.poi_tokens(place_index(samples), samples.place_category, samples.place_position))
         self.creative_codes = torch.from_numpy(model.creative_tokens(samples.creative_embedding))
@@ -169,8 +168,7 @@ class PageData:
         samples = self.samples
         real, at = place >= 0, np.maximum(place, 0)
         here, there = np.asarray(samples.request_place[rows], np.float64), np.asarray(samples.place_position)[at]
-        north = (there[..., 0] - here[:, None, 0]) * KM_PER_DEGREE
-        east = (there[..., 1] - here[:, None, 1]) * KM_PER_DEGREE * np.cos(np.radians(here[:, None, 0]))
+        km = schema.distance_km(here[:, None, 0], here[:, None, 1], there[..., 0], there[..., 1])
         behaviour = np.asarray(samples.behaviour_place[rows])
         known = behaviour >= 0
         same = (behaviour[:, None, :] == place[:, :, None]) & known[:, None, :]
@@ -181,7 +179,7 @@ class PageData:
         ad, day = np.maximum(ad_row, 0), np.asarray(samples.day[rows])[:, None]
         is_ad = ad_row >= 0
         columns = (
-            np.log1p(np.sqrt(north**2 + east**2)), np.log1p(same.sum(-1)), alike.sum(-1) / np.maximum(known.sum(-1), 1)[:, None], np.log1p(now.sum(-1)),
+            np.log1p(km), np.log1p(same.sum(-1)), alike.sum(-1) / np.maximum(known.sum(-1), 1)[:, None], np.log1p(now.sum(-1)),
             np.where(is_ad, self.log_odds[day, ad], 0.0), np.where(is_ad, np.log1p(self.counts[0][day, ad]) / 8.0, 0.0), is_ad,
         )  # fmt: skip
         return torch.from_numpy(np.stack([np.where(real, column, 0.0) for column in columns], -1)).float()
@@ -247,6 +245,17 @@ class PageData:
             found = self.city_offers(int(day), int(city))
             offers, features = self.offers(mine, found, most_ads)
             yield mine, self.history(mine), found.catalogue, offers, features
+
+
+def require_pages(samples: Samples, model: EgaV2Model) -> None:
+    """ValueError unless the samples hold creatives, and pages and embeddings of the model's sizes."""
+    if not hasattr(samples, "exposed_creative"):
+        raise ValueError(f"{samples.folder} was sampled from logs without creatives; model.kind ega_v2 needs the table creatives (docs/data.md)")
+    config, items, width = model.config, samples.organic_place.shape[1], samples.creative_embedding.shape[1]
+    if samples.slots > config.slots or items > config.ega_v2.organic_items:
+        raise ValueError(f"the logs have pages of {samples.slots} ads and {items} organic items, the model reads at most {config.slots} (model.slots) and {config.ega_v2.organic_items} (model.ega_v2.organic_items)")
+    if width != config.ega_v2.creative_width:
+        raise ValueError(f"creatives have embeddings of {width} numbers, the model reads {config.ega_v2.creative_width}; set model.ega_v2.creative_width: {width}")
 
 
 def place_index(samples: Samples) -> np.ndarray:

@@ -15,7 +15,6 @@ import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as config_dataclass
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from model.ega_v2.allocation import ItemFeatures, allocate, page_values
 from model.ega_v2.beam import Catalogue, Offers, Pages, SearchConfig, log_chances, search
@@ -23,6 +22,7 @@ from model.ega_v2.network import Decoding, EgaV2, History, Memory, RewardModel, 
 from model.ega_v2.payment import PaymentConfig
 from model.ega_v2.tokenizer import Features, Tokenizer, TokenizerConfig, TokenizerError, fit, require_healthy
 from model.evaluation.metrics import auc, deviation, log_loss
+from model.layers import masked_bce
 from model.training.loop import Device, LoopConfig, StageResult, run_stage
 
 if TYPE_CHECKING:
@@ -139,9 +139,9 @@ def train_reward(
             memory = network.encode(history)
         found = model(memory, page.items)
         ads = page.mask & ~page.items.organic
-        loss = _masked_bce(found.poi_click, page.click, page.mask)
-        loss = loss + config.creative_weight * _masked_bce(found.creative_click, page.creative_click, ads)
-        return loss + config.purchase_weight * _masked_bce(found.purchase, page.purchase, ads & (page.click > 0)), found, page
+        loss = masked_bce(found.poi_click, page.click, page.mask)
+        loss = loss + config.creative_weight * masked_bce(found.creative_click, page.creative_click, ads)
+        return loss + config.purchase_weight * masked_bce(found.purchase, page.purchase, ads & (page.click > 0)), found, page
 
     def step(chosen: np.ndarray, _: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         with device.autocast():
@@ -159,10 +159,6 @@ def train_reward(
         return {"score": -log_loss(y, q), "log_loss": log_loss(y, q), "auc": auc(y, q), "dev": deviation(q, y)}
 
     return run_stage(stage, network, parameters, config, rows, step, validate, folder, {**fingerprint, "config": asdict(config)}, device)
-
-
-def _masked_bce(logit: Tensor, label: Tensor, mask: Tensor) -> Tensor:
-    return (F.binary_cross_entropy_with_logits(logit, label, reduction="none") * mask).sum() / mask.sum().clamp(min=1)
 
 
 @config_dataclass(frozen=True, config=_STRICT)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from marketplace import schema
 from model.ega_v2.beam import SearchConfig
-from model.ega_v2.data import PageData, place_index
+from model.ega_v2.data import PageData, place_index, require_pages
 from model.ega_v2.model import EgaV2Model, audiences
 from model.ega_v2.payment import Audit, audit, joined, train_payment
 from model.ega_v2.stages import V2TrainingConfig, pretrain, train_reward, train_rlaf
@@ -64,8 +64,7 @@ def audited(data: PageData, rows: np.ndarray, factors: tuple[float, ...], search
 
 def tokenize(model: EgaV2Model, samples: Samples, config: V2TrainingConfig) -> StageResult:
     """Stage 1: codebooks of places and creatives; the gate on their health raises TokenizerError."""
-    if not hasattr(samples, "exposed_creative"):
-        raise ValueError(f"{samples.folder} was sampled from logs without creatives; model.kind ega_v2 needs the table creatives (docs/data.md)")
+    require_pages(samples, model)
     train = samples.split_rows(schema.TRAIN)
     behaviour = np.asarray(samples.behaviour_place[train])
     # A visit stands in the histories of several requests: each (user, place) of the newest history counts as often as it does there.

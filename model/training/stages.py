@@ -26,7 +26,7 @@ from model.ega_v1.network import AD_COLUMNS, PAGE_COLUMNS, Batch, EgaV1, Evaluat
 from model.ega_v2.stages import V2TrainingConfig
 from model.evaluation.metrics import auc, deviation, log_loss
 from model.kinds import create
-from model.layers import take
+from model.layers import masked_bce, take
 from model.training.data import City, Samples, TrainingBatch, geo_table, vocabulary_sizes
 from model.training.loop import Device, LoopConfig, StageResult, run_stage
 
@@ -508,7 +508,7 @@ def train_reward(
         page = {name: data[name][i] for name in PAGE_INPUTS}
         page["codes"] = torch.where(torch.rand(page["codes"].shape, generator=noise) < config.hidden_ids, page["codes"].clamp(max=schema.UNKNOWN), page["codes"])
         click, purchase = evaluator(*page.values())
-        loss = _masked_bce(click, data["click"][i], mask) + config.purchase_weight * _masked_bce(purchase, data["purchase"][i], mask)
+        loss = masked_bce(click, data["click"][i], mask) + config.purchase_weight * masked_bce(purchase, data["purchase"][i], mask)
         return loss + evaluator.examination_prior(config.examination_deviation) / impressions, {}
 
     def validate() -> dict[str, float]:
@@ -520,10 +520,6 @@ def train_reward(
         level = float(torch.sigmoid(check["click_logit"])[check["mask"]].double().mean())
         evaluator.level += level_for(logit[check["mask"]].double().numpy(), level) / evaluator.EXAMINATION_GAIN
     return result
-
-
-def _masked_bce(logit: Tensor, label: Tensor, mask: Tensor) -> Tensor:
-    return (F.binary_cross_entropy_with_logits(logit, label, reduction="none") * mask).sum() / mask.sum().clamp(min=1)
 
 
 @torch.no_grad()

@@ -234,6 +234,13 @@ def test_audiences_bring_places_of_the_same_users_together() -> None:
     assert alike[:5, :5].min() > 0.8 and abs(alike[:5, 5:10]).max() < 0.5
 
 
+def test_sizes_that_do_not_fit_the_logs_are_named(samples, tmp_path) -> None:
+    for change, words in (({"organic_items": 1}, "2 organic items, the model reads at most 3 .* and 1"), ({"creative_width": 5}, "embeddings of 6 numbers, the model reads 5")):
+        small = replace(MODEL, ega_v2=replace(MODEL.ega_v2, **change))
+        with pytest.raises(ValueError, match=words):
+            train_stage("tokenize", samples.folder, small, TRAINING, tmp_path / "stages", tmp_path / "checkpoints", seed=3)
+
+
 def test_logs_without_creatives_are_refused(tmp_path_factory) -> None:
     from samples_fixture import tiny_samples
 

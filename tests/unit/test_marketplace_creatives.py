@@ -115,6 +115,20 @@ def test_bad_embeddings_and_foreign_creatives_are_named(rich, tmp_path) -> None:
     assert {"embeddings-usable", "creative-of-the-ad"} <= {failure.rule for failure in validate_logs(logs, tmp_path / "out").failures}
 
 
+def test_an_ad_without_creatives_is_named(rich, tmp_path) -> None:
+    import shutil
+
+    logs = tmp_path / "logs"
+    shutil.copytree(rich[1], logs)
+    (logs / "manifest.json").unlink()
+    shown = set(read_table(logs, "impressions")["ad_id"])
+    frame = read_table(logs, "creatives")
+    lost = next((ad for ad in frame["ad_id"] if ad not in shown), frame["ad_id"].iloc[-1])
+    write_table(logs, "creatives", frame[frame["ad_id"] != lost])
+    named = [failure for failure in validate_logs(logs, tmp_path / "out").failures if failure.rule == "ad-has-a-creative"]
+    assert len(named) == 1 and str(lost) in named[0].message
+
+
 def test_without_them_a_world_is_what_it_was(tmp_path) -> None:
     plain = build_world(PLAIN, 3)
     plain.write_logs(tmp_path / "logs")
