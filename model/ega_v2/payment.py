@@ -65,6 +65,9 @@ class Shown:
     """[..., P] z of the POI times that chance."""
     reserve: Tensor
     """[..., P]"""
+    rival: Tensor
+    """[..., P] bid * chance of a click of the next ad if it stood in this place: the one below (the two change places), below the last the best ad
+    of the other proposed pages (instead of it); 0 where there is none."""
 
     def take(self, index: Tensor) -> Shown:
         """Some of the requests."""
@@ -106,6 +109,7 @@ def shown_pages(
     many = ItemFeatures(*(values.expand(batch, *values.shape[1:]) for values in vars(features).values()))
     value, worth = page_values(network, wide, pages, offers, many)
     best = best_page(pages, value if best_of_beam else pages.score)
+    rival = _rivals(network, wide, pages, best, offers, many)
     found = Pages(*(values[torch.arange(batch), best].unsqueeze(1) for values in vars(pages).values()))
     ad = found.ad[:, 0]
     states = []
@@ -116,7 +120,54 @@ def shown_pages(
     worth = worth[torch.arange(batch), best]
     ctr = torch.where(ad >= 0, worth / bid.clamp(min=1e-12), 0.0)
     floor = torch.where(ad >= 0, reserve[ad.clamp(min=0)], 0.0)
-    return Shown(torch.cat(states), bid.float(), ctr.float(), (found.poi_log_z[:, 0].exp() * ctr).float(), floor.float()), found
+    return Shown(torch.cat(states), bid.float(), ctr.float(), (found.poi_log_z[:, 0].exp() * ctr).float(), floor.float(), rival.float()), found
+
+
+def _rivals(network: EgaV2, memory: Memory, pages: Pages, best: Tensor, offers: Offers, features: ItemFeatures) -> Tensor:
+    """`Shown.rival` [B, P] of the pages `best` [B]. A score of its own place would compare a good place with a bad one."""
+    batch, beams, places = pages.ad.shape
+    flat = pages.ad.flatten(1)
+    variants: list[list[np.ndarray]] = []
+    for row in range(batch):
+        own = int(best[row]) * places + np.arange(places)
+        ads = flat[row].numpy()
+        at = np.flatnonzero(ads[own] >= 0)
+        mine = []
+        for upper, lower in zip(at[:-1], at[1:], strict=True):
+            swapped = own.copy()
+            swapped[[upper, lower]] = own[[lower, upper]]
+            mine.append(swapped)
+        if len(at):
+            other, first = np.unique(ads, return_index=True)  # the creative that the best page with this ad shows
+            for entry in first[(other >= 0) & ~np.isin(other, ads[own])]:
+                replaced = own.copy()
+                replaced[at[-1]] = entry
+                mine.append(replaced)
+        variants.append(mine)
+    most = max(map(len, variants))
+    result = torch.zeros(batch, places, dtype=torch.float64)
+    if most == 0:
+        return result
+    entry = np.zeros((batch, most, places), np.int64)
+    for row, mine in enumerate(variants):
+        if mine:
+            entry[row, : len(mine)] = mine
+    index = torch.from_numpy(entry).flatten(1)
+
+    def pick(values: Tensor) -> Tensor:
+        rows = values.flatten(1, 2)
+        return rows[torch.arange(batch).unsqueeze(1), index].unflatten(1, (most, places))
+
+    changed = Pages(pages.score.new_zeros(batch, most), *(pick(values) for name, values in vars(pages).items() if name != "score"))
+    _, worth = page_values(network, memory, changed, offers, features)
+    for row, mine in enumerate(variants):
+        at = torch.nonzero(flat[row, int(best[row]) * places : (int(best[row]) + 1) * places] >= 0).squeeze(1)
+        if len(at):
+            steps = torch.arange(len(at) - 1)
+            result[row, at[:-1]] = worth[row, steps, at[:-1]]
+            if len(mine) > len(at) - 1:
+                result[row, at[-1]] = worth[row, len(at) - 1 : len(mine), at[-1]].max()
+    return result
 
 
 @torch.no_grad()
@@ -167,12 +218,7 @@ def prices(network: EgaV2, pages: Shown, rule: Rule) -> Tensor:
         lead = pages.bid.shape[:-1]
         flat = Shown(*(values.flatten(0, len(lead) - 1) if len(lead) > 1 else values for values in vars(pages).values()))
         return network.payment(flat.state, flat.bid, flat.exposure, flat.reserve).view(pages.bid.shape)
-    score, below, following = pages.bid * pages.ctr, torch.zeros_like(pages.bid[..., 0]), []
-    for place in range(score.shape[-1] - 1, -1, -1):
-        following.append(below)
-        below = torch.where(pages.bid[..., place] > 0, score[..., place], below)
-    next_score = torch.stack(following[::-1], -1)
-    return torch.minimum(torch.maximum(next_score / pages.ctr.clamp(min=1e-12), pages.reserve), pages.bid)
+    return torch.minimum(torch.maximum(pages.rival / pages.ctr.clamp(min=1e-12), pages.reserve), pages.bid)
 
 
 def outcomes(network: EgaV2, found: Audit, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:

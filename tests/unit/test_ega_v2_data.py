@@ -17,12 +17,13 @@ from marketplace.organic import OrganicConfig
 from marketplace.synthetic import SyntheticConfig
 from marketplace.worlds import WorldConfig, build_world
 from model.ega_v1.network import NetworkConfig
-from model.ega_v2.allocation import allocate
-from model.ega_v2.beam import Pages, SearchConfig
+from model.ega_v2.allocation import allocate, page_values
+from model.ega_v2.beam import Pages, SearchConfig, search
 from model.ega_v2.config import V2Config
 from model.ega_v2.data import PageData, places_of_page
 from model.ega_v2.model import AUDIENCE_WIDTH, audiences
-from model.ega_v2.payment import RULES, Audit, PaymentConfig, Shown, outcomes, prices, psi_of
+from model.ega_v2.network import Decoding
+from model.ega_v2.payment import RULES, Audit, PaymentConfig, Shown, outcomes, prices, psi_of, shown_pages
 from model.ega_v2.stages import PretrainConfig, RewardConfig, RlafConfig, V2TrainingConfig, marginal_rewards
 from model.ega_v2.tokenizer import TokenizerError
 from model.ega_v2.training import audited
@@ -174,19 +175,50 @@ def test_trial_bids_regenerate_the_page_and_every_rule_charges_within_bid_and_re
 
 
 def test_gsp_and_regret_by_hand() -> None:
-    """Places: ad, organic item, ad, empty."""
+    """Places: ad, organic item, ad, empty. In the first place the second ad would be clicked as often as the first: 1 * .5 = .5 below it."""
     bid, ctr = torch.tensor([[4.0, 0.0, 1.0, 0.0]]), torch.tensor([[0.5, 0.0, 0.25, 0.0]])
-    state = torch.zeros(1, 4, 2)
-    page = Shown(state, bid, ctr, ctr, torch.tensor([[0.1, 0.0, 0.2, 0.0]]))
-    assert prices(None, page, "gsp").tolist() == [[0.5, 0.0, pytest.approx(0.2), 0.0]]
-    # Ad 1 lies and stands third at a third of the price: utility (4 - 0.2) * 0.25 = 0.95 against (4 - 0.5) * 0.5 = 1.75: no regret. Ad 2 lies to the top.
-    low = Shown(state, torch.tensor([[0.5, 0.0, 0.0, 0.0]]), torch.tensor([[0.25, 0.0, 0.0, 0.0]]), ctr, torch.tensor([[0.2, 0.0, 0.0, 0.0]]))
-    high = Shown(state, torch.tensor([[8.0, 0.0, 0.0, 0.0]]), torch.tensor([[0.5, 0.0, 0.0, 0.0]]), ctr, torch.tensor([[0.2, 0.0, 0.0, 0.0]]))
+    state, none = torch.zeros(1, 4, 2), torch.zeros(1, 4)
+    page = Shown(state, bid, ctr, ctr, torch.tensor([[0.1, 0.0, 0.2, 0.0]]), torch.tensor([[0.5, 0.0, 0.01, 0.0]]))
+    assert prices(None, page, "gsp").tolist() == [[1.0, 0.0, pytest.approx(0.2), 0.0]]
+    # Ad 1 lies and stands third at a third of the price: utility (4 - 0.2) * 0.25 = 0.95 against (4 - 1) * 0.5 = 1.5: no regret. Ad 2 lies to the top.
+    low = Shown(state, torch.tensor([[0.5, 0.0, 0.0, 0.0]]), torch.tensor([[0.25, 0.0, 0.0, 0.0]]), ctr, torch.tensor([[0.2, 0.0, 0.0, 0.0]]), none)
+    high = Shown(state, torch.tensor([[8.0, 0.0, 0.0, 0.0]]), torch.tensor([[0.5, 0.0, 0.0, 0.0]]), ctr, torch.tensor([[0.2, 0.0, 0.0, 0.0]]), none)
     trial = Shown(*(torch.stack([a, b], 1).unsqueeze(2) for a, b in zip(vars(low).values(), vars(high).values(), strict=True)))
     found = Audit(page, torch.tensor([[0, 2]]), torch.tensor([[4.0, 1.0]]), trial, torch.tensor([[[0], [0]]]))
     paid, utility, regret = outcomes(None, found, "gsp")
-    assert paid.tolist() == [[0.25, pytest.approx(0.05)]] and utility.tolist() == [[1.75, pytest.approx(0.2)]]
+    assert paid.tolist() == [[0.5, pytest.approx(0.05)]] and utility.tolist() == [[1.5, pytest.approx(0.2)]]
     assert regret.tolist() == [[0.0, pytest.approx((1.0 - 0.2) * 0.5 - 0.2)]]
+
+
+@torch.inference_mode()
+def test_the_rival_of_a_place_is_read_in_that_place(data) -> None:
+    """Against pages written out one by one: the ad below changes places with this one; the last ad gives way to any ad of another proposed page."""
+    network, samples, config = data.model.core, data.samples, SearchConfig(beams=6)
+    mine, history, catalogue, offers, features = next(iter(data.groups(samples.split_rows(schema.TEST)[:1], 3)))
+    found = data.city_offers(int(samples.day[mine[0]]), int(samples.city_code[mine[0]]))
+    memory = network.encode(history)
+    shown, page = shown_pages(network, memory, catalogue, offers, features, torch.from_numpy(found.city.reserve), config)
+    proposed = search(lambda _: Decoding(network, memory, config.beams, network.config.slots), catalogue, offers, network.config.slots, config)
+    names = [name for name in vars(page) if name != "score"]
+
+    def worth(changes: dict[int, tuple[Pages, int, int]]) -> torch.Tensor:
+        new = {name: getattr(page, name).clone() for name in names}
+        for place, (source, beam, at) in changes.items():
+            for name in names:
+                new[name][0, 0, place] = getattr(source, name)[0, beam, at]
+        return page_values(network, memory, Pages(page.score, **new), offers, features)[1][0, 0]
+
+    places = torch.nonzero(page.ad[0, 0] >= 0).squeeze(1).tolist()
+    assert len(places) == 3
+    for upper, lower in zip(places, places[1:], strict=False):
+        swapped = worth({upper: (page, 0, lower), lower: (page, 0, upper)})
+        assert float(shown.rival[0, upper]) == pytest.approx(float(swapped[upper]), rel=1e-5)
+    on_page, best = set(page.ad[0, 0].tolist()), 0.0
+    for ad in set(proposed.ad[0].flatten().tolist()) - on_page - {-1}:
+        beam, at = next((b, k) for b in range(config.beams) for k in range(network.config.slots) if int(proposed.ad[0, b, k]) == ad)
+        best = max(best, float(worth({places[-1]: (proposed, beam, at)})[places[-1]]))
+    assert best > 0 and float(shown.rival[0, places[-1]]) == pytest.approx(best, rel=1e-5)
+    assert bool((shown.rival[0][page.ad[0, 0] < 0] == 0).all())
 
 
 def test_sequences_are_what_users_chose(data) -> None:
