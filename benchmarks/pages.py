@@ -37,8 +37,8 @@ ROWS = {
     "ega_v2": "EGA (V2)",
 }
 """Policies of the table, in its order; all but "learned" charge GSP."""
-AUDITED, AUDIT_FACTORS = 24, (*(0.05 * step for step in range(1, 41)), 2.5, 3.0, 4.0)
-"""Test requests whose ads' gains from lying are measured, and the bids that are tried, as factors of the value."""
+AUDITED, LOSERS, AUDIT_FACTORS = 24, 3, (*(0.05 * step for step in range(1, 41)), 2.5, 3.0, 4.0)
+"""Test requests whose ads' gains from lying are measured, ads that are not displayed among them, and the bids that are tried, as factors of the value."""
 
 
 def generated(place: Market, data: PageData, rows: np.ndarray, policy: str, rule: Rule = "gsp", best_of_beam: bool = True, **search: Any) -> pd.DataFrame:
@@ -51,7 +51,7 @@ def generated(place: Market, data: PageData, rows: np.ndarray, policy: str, rule
     from model.ega_v2.allocation import ItemFeatures
     from model.ega_v2.payment import prices, shown_pages
 
-    samples, network, config = place.samples, data.model.core, replace(place.config.training.ega_v2.search, **search)
+    samples, network, config = place.samples, data.model.core, replace(data.model.config.ega_v2.search, **search)
     frames = []
     with torch.inference_mode():
         for mine, history, catalogue, offers, features in data.groups(rows, samples.slots):
@@ -60,7 +60,7 @@ def generated(place: Market, data: PageData, rows: np.ndarray, policy: str, rule
             for index, row in enumerate(mine):
                 part = slice(index, index + 1)
                 own = ItemFeatures(*(values[part] for values in vars(features).values()))
-                shown, page = shown_pages(network, network.encode(history.rows(part)), catalogue, offers.rows(part), own, reserve, config, best_of_beam)
+                shown, page, _ = shown_pages(network, network.encode(history.rows(part)), catalogue, offers.rows(part), own, reserve, config, best_of_beam)
                 ad = page.ad[0, 0].numpy()
                 at = np.flatnonzero(ad >= 0)
                 money = {"bid": shown.bid, "payment": prices(network, shown, rule)}
@@ -123,7 +123,7 @@ def policies(place: Market, psi: dict[str, float]) -> Iterator[pd.DataFrame]:
     yield pages
     yield generated(place, data, rows, "learned", "learned")
     few = rows[np.linspace(0, len(rows) - 1, min(len(rows), AUDITED)).astype(int)]
-    lies = audited(data, few, AUDIT_FACTORS, place.config.training.ega_v2.search)
+    lies = audited(data, few, AUDIT_FACTORS, LOSERS)
     psi.update({rule: psi_of(data.model.core, lies, rule)["psi"] for rule in RULES})
     yield with_selected(place, pages.assign(policy="-creative")).assign(above=pages["above"])
     yield generated(place, data, rows, "-bid", bid_of_prefix="mean")
@@ -171,11 +171,10 @@ def _tiny(config: RunConfig) -> RunConfig:
         training.ega_v2, pretrain=replace(training.ega_v2.pretrain, **short), reward=replace(training.ega_v2.reward, **short),
         evaluation=replace(training.ega_v2.evaluation, **short), payment=replace(training.ega_v2.payment, **(short | {"batch": 4, "requests": 4, "validation_requests": 4, "misreports": (0.5, 1.5)})),
         rlaf=replace(training.ega_v2.rlaf, **(short | {"batch": 4, "requests": 16, "validation_requests": 4, "beams": 4})),
-        search=replace(training.ega_v2.search, beams=4),
     )  # fmt: skip
     names = ("recall", "prerank", "pretrain", "reward", "evaluation", "rlaf", "payment")
     training = replace(training, ega_v2=v2, **{name: replace(getattr(training, name), **short) for name in names})
-    model = replace(config.model, width=16, ega_v2=replace(config.model.ega_v2, encoder_blocks=1, decoder_blocks=1, poi_codes=32, creative_codes=32, most_collisions=0.5))
+    model = replace(config.model, width=16, ega_v2=replace(config.model.ega_v2, encoder_blocks=1, decoder_blocks=1, poi_codes=32, creative_codes=32, most_collisions=0.5, search=replace(config.model.ega_v2.search, beams=4)))
     sampling = replace(config.sampling, test_days=1, validation_days=1)
     return replace(config, world=world, training=training, model=model, sampling=sampling, evaluation=replace(config.evaluation, requests=12, calibration_requests=40))
 

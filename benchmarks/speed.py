@@ -115,7 +115,8 @@ def v2_decode(ads: int = 3_000, creatives: int = 2, slots: int = 5, organics: in
     """
     import torch
 
-    from model.ega_v2.beam import Catalogue, Offers, SearchConfig, search
+    from model.ega_v2.beam import Catalogue, Offers, search
+    from model.ega_v2.config import SearchConfig
     from model.ega_v2.network import EgaV2, History, NetworkConfig, TokenSizes
 
     rng, layers = np.random.default_rng(0), 3

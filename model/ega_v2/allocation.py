@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.ega_v2.beam import Catalogue, Offers, Pages, SearchConfig, best_page, search
+from model.ega_v2.beam import Catalogue, Offers, Pages, best_page, search
+from model.ega_v2.config import SearchConfig
 from model.ega_v2.network import Decoding, EgaV2, History, Memory, PageItems, RewardModel
 
 

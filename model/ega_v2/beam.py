@@ -15,36 +15,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass as config_dataclass
 from torch import Tensor
 
+from model.ega_v2.config import SearchConfig
 from model.ega_v2.trie import Trie, gather_nodes, override
-
-_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 class SearchError(ValueError):
     """Inputs from which no page can be built; the message says which."""
-
-
-@config_dataclass(frozen=True, config=_STRICT)
-class SearchConfig:
-    """Width of the search and weight of money."""
-
-    beams: int = Field(64, ge=1, le=4096)
-    """R, pages that are kept while they are built (paper: 64)."""
-    alpha: float = Field(1.2, ge=0, le=10)
-    """Exponent of the normalised bid in a code's weight (paper: 1.2); 0: bids do not count."""
-    beta: float = Field(2.0, gt=0, le=1e6)
-    """Weight of a code without bid, as of organic items (paper: 2)."""
-    bid_of_prefix: Literal["max", "mean"] = "max"
-    """What stands for the bids of a prefix's items: the greatest (paper), or their mean (its ablation)."""
 
 
 class Decoder(Protocol):

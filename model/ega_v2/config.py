@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as config_dataclass
@@ -11,6 +11,20 @@ if TYPE_CHECKING:
     from model.ega_v2.tokenizer import TokenizerConfig
 
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+@config_dataclass(frozen=True, config=_STRICT)
+class SearchConfig:
+    """Width of the search and weight of money."""
+
+    beams: int = Field(64, ge=1, le=4096)
+    """R, pages that are kept while they are built (paper: 64)."""
+    alpha: float = Field(1.2, ge=0, le=10)
+    """Exponent of the normalised bid in a code's weight (paper: 1.2); 0: bids do not count."""
+    beta: float = Field(2.0, gt=0, le=1e6)
+    """Weight of a code without bid, as of organic items (paper: 2)."""
+    bid_of_prefix: Literal["max", "mean"] = "max"
+    """What stands for the bids of a prefix's items: the greatest (paper), or their mean (its ablation)."""
 
 
 @config_dataclass(frozen=True, config=_STRICT)
@@ -43,6 +57,9 @@ class V2Config:
     """Health gate: share of each layer's codes that some item has, at least."""
     most_collisions: float = Field(0.05, ge=0, le=1)
     """Health gate: share of distinguishable items that share their tuple with another, below this."""
+
+    search: SearchConfig = SearchConfig()
+    """The search that proposes pages, while policy and payments are trained and in service."""
 
     def tokenizer(self, what: str, seed: int) -> TokenizerConfig:
         """Of "poi" or "creative"."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from auction.ties import tie_keys
 from marketplace import schema
+from model.ega_v2 import inputs
 from model.ega_v2.allocation import ItemFeatures
 from model.ega_v2.beam import Catalogue, Offers
 from model.ega_v2.model import BEHAVIOUR_FIELDS, EgaV2Model
@@ -25,9 +26,6 @@ from model.training.data import City, Samples
 
 _COLUMNS = [index for name in BEHAVIOUR_FIELDS for index, field in enumerate(schema.BEHAVIOUR_FIELDS) if field.name == name]
 _HOUR = next(index for index, field in enumerate(schema.BEHAVIOUR_FIELDS) if field.name == "hour_distance")
-_NEAR_HOURS = 2
-PRIOR_IMPRESSIONS = 50.0
-"""Weight of the overall click rate in an ad's smoothed one, impressions."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class PageData:
         self.samples, self.model = samples, model
         self.place_codes = torch.from_numpy(model.poi_tokens(place_index(samples), samples.place_category, samples.place_position))
         self.creative_codes = torch.from_numpy(model.creative_tokens(samples.creative_embedding))
-        self.embedding = torch.from_numpy(np.array(samples.creative_embedding, np.float32))
+        self.embedding = np.array(samples.creative_embedding, np.float32)
         self._offers: dict[tuple[int, int], CityOffers] = {}
 
     @cached_property
@@ -83,11 +81,15 @@ class PageData:
 
     @cached_property
     def log_odds(self) -> np.ndarray:
-        """[T, A] log odds of each ad's smoothed click rate over those of all ads, before each day."""
-        shown, clicks = self.counts
-        overall = np.clip(clicks.sum(1, keepdims=True) / np.maximum(shown.sum(1, keepdims=True), 1.0), 1e-4, 0.5)
-        rate = (clicks + PRIOR_IMPRESSIONS * overall) / (shown + PRIOR_IMPRESSIONS)
-        return np.log(rate / (1 - rate)) - np.log(overall / (1 - overall))
+        """[T, A] of each day's active ads: log odds of the smoothed click rate over those of all active ads of the city; 0 for ads that are not active."""
+        samples, (shown, clicks) = self.samples, self.counts
+        result, city = np.zeros(shown.shape), np.asarray(samples.ad_city)
+        active = np.isfinite(np.asarray(samples.bid))
+        for day, ads in enumerate(active):
+            for one in np.unique(city):
+                mine = ads & (city == one)
+                result[day, mine] = inputs.log_odds(shown[day, mine], clicks[day, mine])
+        return result
 
     def history(self, rows: np.ndarray) -> History:
         """Histories of requests, newest last."""
@@ -163,39 +165,19 @@ class PageData:
         )  # fmt: skip
 
     def item_features(self, rows: np.ndarray, place: np.ndarray, ad_row: np.ndarray) -> Tensor:
-        """ITEM_FEATURES [B, X, F] of items [B, X] by rows of places and ads (-1: organic): distance, the user's own visits there and to its
-        category, visits around this hour, and what is known of the ad before this day; 0 where there is no item."""
-        samples = self.samples
-        real, at = place >= 0, np.maximum(place, 0)
-        here, there = np.asarray(samples.request_place[rows], np.float64), np.asarray(samples.place_position)[at]
-        km = schema.distance_km(here[:, None, 0], here[:, None, 1], there[..., 0], there[..., 1])
-        behaviour = np.asarray(samples.behaviour_place[rows])
-        known = behaviour >= 0
-        same = (behaviour[:, None, :] == place[:, :, None]) & known[:, None, :]
-        category = np.asarray(samples.place_category)
-        alike = (category[np.maximum(behaviour, 0)][:, None, :] == category[at][:, :, None]) & known[:, None, :]
-        hours = np.asarray(samples.behaviours[rows][:, :, _HOUR]) - schema.FIRST_CODE
-        now = same & (hours <= _NEAR_HOURS)[:, None, :]
-        ad, day = np.maximum(ad_row, 0), np.asarray(samples.day[rows])[:, None]
-        is_ad = ad_row >= 0
-        columns = (
-            np.log1p(km), np.log1p(same.sum(-1)), alike.sum(-1) / np.maximum(known.sum(-1), 1)[:, None], np.log1p(now.sum(-1)),
-            np.where(is_ad, self.log_odds[day, ad], 0.0), np.where(is_ad, np.log1p(self.counts[0][day, ad]) / 8.0, 0.0), is_ad,
-        )  # fmt: skip
-        return torch.from_numpy(np.stack([np.where(real, column, 0.0) for column in columns], -1)).float()
+        """`inputs.item_features` [B, X, F] of items [B, X] by rows of places and ads (-1: organic)."""
+        samples, at, ad = self.samples, np.maximum(place, 0), np.maximum(ad_row, 0)
+        behaviour, category, day = np.asarray(samples.behaviour_place[rows]), np.asarray(samples.place_category), np.asarray(samples.day[rows])[:, None]
+        return torch.from_numpy(inputs.item_features(
+            np.asarray(samples.request_place[rows], np.float64), place, category[at], np.asarray(samples.place_position)[at], behaviour, category[np.maximum(behaviour, 0)],
+            np.asarray(samples.behaviours[rows][:, :, _HOUR]) - schema.FIRST_CODE, self.log_odds[day, ad], self.counts[0][day, ad], ad_row >= 0,
+        ))  # fmt: skip
 
     def creative_features(self, rows: np.ndarray, creative: np.ndarray) -> Tensor:
-        """[B, X, width + 1] of creatives [B, X] by row (-1: none): the embedding, and how it agrees with the creatives of the user's past clicks."""
-        index = torch.from_numpy(creative.astype(np.int64))
-        embedding = torch.where(index.unsqueeze(-1) >= 0, self.embedding[index.clamp(min=0)], 0.0)
-        return torch.cat([embedding, (embedding * self.liked(rows).unsqueeze(1)).sum(-1, keepdim=True)], -1)
-
-    def liked(self, rows: np.ndarray) -> Tensor:
-        """[B, width] sum of the embeddings of the creatives in each history over the root of their number; 0 without any."""
-        seen = torch.from_numpy(np.asarray(self.samples.behaviour_creative[rows])).long()
-        some = seen >= 0
-        total = (self.embedding[seen.clamp(min=0)] * some.unsqueeze(-1)).sum(1)
-        return total / some.sum(1, keepdim=True).clamp(min=1).sqrt()
+        """`inputs.creative_features` [B, X, width + 1] of creatives [B, X] by row (-1: none)."""
+        shown = np.where((creative >= 0)[..., None], self.embedding[np.maximum(creative, 0)], np.float32(0))
+        seen = np.asarray(self.samples.behaviour_creative[rows])
+        return torch.from_numpy(inputs.creative_features(shown, inputs.liked(self.embedding[np.maximum(seen, 0)], seen >= 0)))
 
     def city_offers(self, day: int, city: int) -> CityOffers:
         """The active ads of a city on a day as tries."""
@@ -222,7 +204,7 @@ class PageData:
         organic_ = torch.from_numpy(organic.astype(np.int64))
         codes = torch.where(organic_.unsqueeze(-1) >= 0, self.place_codes[organic_.clamp(min=0)], NONE)
         day = int(samples.day[rows[0]])
-        prior = 1.0 / (1.0 + np.exp(-(self.log_odds[day, ads] - 3.0)))
+        prior = 1.0 / (1.0 + np.exp(-(self.log_odds[day, ads] + inputs.USUAL_LOG_ODDS)))
         offers = Offers(
             torch.from_numpy(bid.copy()), torch.from_numpy(bid >= found.city.reserve), torch.from_numpy(bid * prior), codes,
             torch.full((*organic.shape, self.model.tokens.creative_layers), NONE), most_ads,

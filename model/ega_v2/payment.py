@@ -17,8 +17,9 @@ from pydantic.dataclasses import dataclass as config_dataclass
 from torch import Tensor
 
 from model.ega_v2.allocation import ItemFeatures, items_of, page_values
-from model.ega_v2.beam import Catalogue, Offers, Pages, SearchConfig, best_page, search
-from model.ega_v2.network import Decoding, EgaV2, History, Memory
+from model.ega_v2.beam import Catalogue, Offers, Pages, best_page, search
+from model.ega_v2.config import SearchConfig
+from model.ega_v2.network import Decoding, EgaV2, History, Memory, RewardModel
 from model.training.loop import Device, LoopConfig, StageResult, run_stage
 
 Rule = Literal["learned", "gsp", "first_price"]
@@ -46,7 +47,9 @@ class PaymentConfig(LoopConfig):
     rho: float = Field(5.0, gt=0)
     """Quadratic penalty, and step of lambda."""
     psi_target: float = Field(0.015, gt=0)
-    """Regret over utility at which revenue starts to decide which weights are kept."""
+    """Regret over utility, displayed ads and losers together, at which revenue starts to decide which weights are kept."""
+    losers: int = Field(2, ge=0)
+    """Ads a request, next to those displayed, that try other bids too: of other proposed pages, best first."""
     misreports: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 0.9, 1.1, 1.25, 1.6, 2.0)
     """Bids tried, as factors of the value."""
 
@@ -60,7 +63,9 @@ class Shown:
     bid: Tensor
     """[..., P]"""
     ctr: Tensor
-    """[..., P] chance of a click."""
+    """[..., P] chance of a click, by the reward model that chose the page."""
+    judged: Tensor
+    """[..., P] the same by another judge; equal to `ctr` where none was asked."""
     exposure: Tensor
     """[..., P] z of the POI times that chance."""
     reserve: Tensor
@@ -76,32 +81,35 @@ class Shown:
 
 @dataclass(frozen=True)
 class Audit:
-    """Truthful pages of Q requests, and what the page becomes when one displayed ad bids something else."""
+    """Truthful pages of Q requests, and what the page becomes when one of A ads, displayed or not, bids something else."""
 
     truth: Shown
     """[Q, ...]"""
+    ad: Tensor
+    """[Q, A] ad among those of its city, the displayed ones first in page order; -1 none."""
     place: Tensor
-    """[Q, K] place of each displayed ad, -1 none."""
+    """[Q, A] where it stands on the truthful page, -1: nowhere."""
     value: Tensor
-    """[Q, K] what a click is worth to it."""
+    """[Q, A] what a click is worth to it."""
     trial: Shown
-    """[Q, K, G, ...]"""
+    """[Q, A, G, ...]"""
     trial_place: Tensor
-    """[Q, K, G] where the ad then stands, -1: nowhere."""
+    """[Q, A, G] where the ad then stands, -1: nowhere."""
 
     def take(self, index: Tensor) -> Audit:
         """Some of the requests."""
-        return Audit(self.truth.take(index), self.place[index], self.value[index], self.trial.take(index), self.trial_place[index])
+        return Audit(self.truth.take(index), self.ad[index], self.place[index], self.value[index], self.trial.take(index), self.trial_place[index])
 
 
 @torch.no_grad()
 def shown_pages(
-    network: EgaV2, memory: Memory, catalogue: Catalogue, offers: Offers, features: ItemFeatures, reserve: Tensor, config: SearchConfig, best_of_beam: bool = True
-) -> tuple[Shown, Pages]:
-    """The page that each of B offers to one request leads to, for payments and as the search has it ([B, 1, P]).
+    network: EgaV2, memory: Memory, catalogue: Catalogue, offers: Offers, features: ItemFeatures, reserve: Tensor, config: SearchConfig, best_of_beam: bool = True,
+    judge: RewardModel | None = None,
+) -> tuple[Shown, Pages, Pages]:  # fmt: skip
+    """The page that each of B offers to one request leads to, for payments and as the search has it ([B, 1, P]), and all proposed ones ([B, R, P]).
 
     `memory` and `features` of that one request; `reserve` [N], over the city's median bid. `best_of_beam` false: the likeliest page, which no
-    reward model has chosen.
+    reward model has chosen. `judge` reads the same pages.
     """
     batch, slots = len(offers.bid), network.config.slots
     wide = Memory(memory.token.expand(batch, -1, -1), memory.mask.expand(batch, -1))
@@ -117,10 +125,15 @@ def shown_pages(
         own = Pages(*(values[row : row + 1] for values in vars(found).values()))
         states.append(network.reward.states(memory, items_of(own, many, row)))
     bid = torch.where(ad >= 0, torch.gather(offers.bid, 1, ad.clamp(min=0)), 0.0)
-    worth = worth[torch.arange(batch), best]
-    ctr = torch.where(ad >= 0, worth / bid.clamp(min=1e-12), 0.0)
+
+    def chance(worth: Tensor) -> Tensor:
+        return torch.where(ad >= 0, worth / bid.clamp(min=1e-12), 0.0)
+
+    ctr = chance(worth[torch.arange(batch), best])
+    judged = ctr if judge is None else chance(page_values(network, wide, found, offers, many, judge)[1][:, 0])
     floor = torch.where(ad >= 0, reserve[ad.clamp(min=0)], 0.0)
-    return Shown(torch.cat(states), bid.float(), ctr.float(), (found.poi_log_z[:, 0].exp() * ctr).float(), floor.float(), rival.float()), found
+    shown = Shown(torch.cat(states), *(values.float() for values in (bid, ctr, judged, found.poi_log_z[:, 0].exp() * ctr, floor, rival)))
+    return shown, found, pages
 
 
 def _rivals(network: EgaV2, memory: Memory, pages: Pages, best: Tensor, offers: Offers, features: ItemFeatures) -> Tensor:
@@ -171,43 +184,53 @@ def _rivals(network: EgaV2, memory: Memory, pages: Pages, best: Tensor, offers: 
 
 
 @torch.no_grad()
-def audit(network: EgaV2, history: History, catalogue: Catalogue, offers: Offers, features: ItemFeatures, reserve: Tensor, ads: int, factors: tuple[float, ...], config: SearchConfig) -> Audit:
-    """Regenerate the pages of requests of one city and day for every displayed ad and trial bid. `reserve` [N], over the median bid."""
+def audit(
+    network: EgaV2, history: History, catalogue: Catalogue, offers: Offers, features: ItemFeatures, reserve: Tensor, ads: int, factors: tuple[float, ...], config: SearchConfig, losers: int = 0,
+    judge: RewardModel | None = None,
+) -> Audit:  # fmt: skip
+    """Regenerate the pages of requests of one city and day for every trial bid of the displayed ads, at most `ads`, and of `losers` others.
+
+    `reserve` [N], over the median bid. Losers are the ads of other proposed pages, those of likelier pages first.
+    """
     parts = []
     for request in range(len(offers.bid)):
         row = slice(request, request + 1)
         memory, own = network.encode(history.rows(row)), ItemFeatures(*(values[row] for values in vars(features).values()))
-        truth, page = shown_pages(network, memory, catalogue, offers.rows(row), own, reserve, config)
-        shown, place = page.ad[0, 0], torch.full((ads,), -1)
+        truth, page, proposed = shown_pages(network, memory, catalogue, offers.rows(row), own, reserve, config, judge=judge)
+        shown, ad, place = page.ad[0, 0], torch.full((ads + losers,), -1), torch.full((ads + losers,), -1)
         at = (shown >= 0).nonzero().squeeze(1)[:ads]
-        place[: len(at)] = at
-        ad = torch.where(place >= 0, shown[place.clamp(min=0)], 0)
-        value = torch.where(place >= 0, offers.bid[request, ad], 0.0).float()
-        bids = offers.bid[request].repeat(ads * len(factors), 1)
-        lie = (torch.tensor(factors, dtype=bids.dtype) * offers.bid[request, ad].unsqueeze(1)).flatten()
-        liar = ad.repeat_interleave(len(factors))
-        bids[torch.arange(len(liar)), liar] = lie
+        place[: len(at)], ad[: len(at)] = at, shown[at]
+        others = list(dict.fromkeys(proposed.ad[0].flatten().tolist()))
+        near = torch.tensor([other for other in others if other >= 0 and other not in set(shown.tolist())][:losers], dtype=torch.int64)
+        ad[ads : ads + len(near)] = near
+        liar = ad.clamp(min=0)
+        value = torch.where(ad >= 0, offers.bid[request, liar], 0.0)
+        bids = offers.bid[request].repeat(len(ad) * len(factors), 1)
+        lie = (torch.tensor(factors, dtype=bids.dtype) * value.unsqueeze(1)).flatten()
+        liar = liar.repeat_interleave(len(factors))
+        bids[torch.arange(len(liar)), liar] = torch.where(ad.repeat_interleave(len(factors)) >= 0, lie, offers.bid[request, liar])
         count = len(liar)
         worth = offers.value[request] / offers.bid[request].clamp(min=1e-12)
         trial = Offers(
             bids, offers.active[row].expand(count, -1) & (bids >= reserve), bids * worth, offers.organic[row].expand(count, -1, -1), offers.organic_creative[row].expand(count, -1, -1), offers.most_ads
         )
-        pages, moved = shown_pages(network, memory, catalogue, trial, own, reserve, config)
-        here = moved.ad[:, 0] == liar.unsqueeze(1)
-        where = torch.where(here.any(1), here.int().argmax(1), -1).view(ads, len(factors))
-        parts.append((truth, place, value, Shown(*(values.unflatten(0, (ads, len(factors))) for values in vars(pages).values())), where))
+        pages, moved, _ = shown_pages(network, memory, catalogue, trial, own, reserve, config, judge=judge)
+        here = (moved.ad[:, 0] == liar.unsqueeze(1)) & (ad >= 0).repeat_interleave(len(factors)).unsqueeze(1)
+        where = torch.where(here.any(1), here.int().argmax(1), -1).view(len(ad), len(factors))
+        parts.append((truth, ad, place, value.float(), Shown(*(values.unflatten(0, (len(ad), len(factors))) for values in vars(pages).values())), where))
     return Audit(
-        Shown(*(torch.cat(values) for values in zip(*(vars(part[0]).values() for part in parts), strict=True))), torch.stack([part[1] for part in parts]), torch.stack([part[2] for part in parts]),
-        Shown(*(torch.stack(values) for values in zip(*(vars(part[3]).values() for part in parts), strict=True))), torch.stack([part[4] for part in parts]),
+        Shown(*(torch.cat(values) for values in zip(*(vars(part[0]).values() for part in parts), strict=True))), *(torch.stack([part[at] for part in parts]) for at in (1, 2, 3)),
+        Shown(*(torch.stack(values) for values in zip(*(vars(part[4]).values() for part in parts), strict=True))), torch.stack([part[5] for part in parts]),
     )  # fmt: skip
 
 
 def joined(audits: list[Audit]) -> Audit:
     """Audits of several groups of requests as one."""
-    return Audit(
-        Shown(*(torch.cat(values) for values in zip(*(vars(one.truth).values() for one in audits), strict=True))), torch.cat([one.place for one in audits]), torch.cat([one.value for one in audits]),
-        Shown(*(torch.cat(values) for values in zip(*(vars(one.trial).values() for one in audits), strict=True))), torch.cat([one.trial_place for one in audits]),
-    )  # fmt: skip
+
+    def shown(name: str) -> Shown:
+        return Shown(*(torch.cat(values) for values in zip(*(vars(getattr(one, name)).values() for one in audits), strict=True)))
+
+    return Audit(shown("truth"), *(torch.cat([getattr(one, name) for one in audits]) for name in ("ad", "place", "value")), shown("trial"), torch.cat([one.trial_place for one in audits]))
 
 
 def prices(network: EgaV2, pages: Shown, rule: Rule) -> Tensor:
@@ -221,25 +244,32 @@ def prices(network: EgaV2, pages: Shown, rule: Rule) -> Tensor:
     return torch.minimum(torch.maximum(pages.rival / pages.ctr.clamp(min=1e-12), pages.reserve), pages.bid)
 
 
-def outcomes(network: EgaV2, found: Audit, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
-    """Expected payment, utility and regret of every displayed ad, [Q, K] each; regret over the trial bids, never below 0."""
-    shown = found.place >= 0
-    at = found.place.clamp(min=0)
-    price, ctr = torch.gather(prices(network, found.truth, rule), 1, at), torch.gather(found.truth.ctr, 1, at)
+def outcomes(network: EgaV2, found: Audit, rule: Rule, judged: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Expected payment and utility as played, [Q, A] each, 0 for ads not displayed, and the utility of every trial bid [Q, A, G].
+
+    Pages and prices are the reward model's; with `judged` the other judge says how often they are clicked.
+    """
+    clicks = (found.truth.judged, found.trial.judged) if judged else (found.truth.ctr, found.trial.ctr)
+    shown, at = found.place >= 0, found.place.clamp(min=0)
+    price, ctr = torch.gather(prices(network, found.truth, rule), 1, at), torch.gather(clicks[0], 1, at)
     there = found.trial_place.clamp(min=0).unsqueeze(-1)
-    trial_price, trial_ctr = (torch.gather(values, -1, there).squeeze(-1) for values in (prices(network, found.trial, rule), found.trial.ctr))
+    trial_price, trial_ctr = (torch.gather(values, -1, there).squeeze(-1) for values in (prices(network, found.trial, rule), clicks[1]))
     gained = torch.where(found.trial_place >= 0, (found.value.unsqueeze(-1) - trial_price) * trial_ctr, 0.0)
-    utility = (found.value - price) * ctr
-    regret = (gained.amax(-1) - utility).clamp(min=0.0)
-    return price * ctr * shown, utility * shown, regret * shown
+    return price * ctr * shown, (found.value - price) * ctr * shown, gained
+
+
+def regret_of(utility: Tensor, gained: Tensor) -> Tensor:
+    """[Q, A] what the best trial bid gains over the truth, never below 0."""
+    return (gained.amax(-1) - utility).clamp(min=0.0)
 
 
 @torch.no_grad()
 def psi_of(network: EgaV2, found: Audit, rule: Rule) -> dict[str, float]:
-    """psi: regret over utility, sums over all displayed ads; and revenue a request over the city's median bid."""
-    paid, utility, regret = outcomes(network, found, rule)
-    total = float(utility.sum())
-    return {"psi": float(regret.sum()) / total if total > 0 else float("nan"), "revenue": float(paid.sum()) / len(found.place)}
+    """psi: regret over utility, sums over all displayed ads; `losers`: gains of the others over the same; and revenue a request over the median bid."""
+    paid, utility, gained = outcomes(network, found, rule)
+    regret, total, shown = regret_of(utility, gained), float(utility.sum()), found.place >= 0
+    psi, losers = (float(part.sum()) / total if total > 0 else float("nan") for part in (regret * shown, regret * ~shown))
+    return {"psi": psi, "losers": losers, "revenue": float(paid.sum()) / len(found.place)}
 
 
 def train_payment(network: EgaV2, training: Audit, check: Audit, config: PaymentConfig, folder: Path, fingerprint: dict[str, Any], device: Device) -> StageResult:
@@ -248,7 +278,8 @@ def train_payment(network: EgaV2, training: Audit, check: Audit, config: Payment
     multiplier = torch.tensor(config.multiplier)
 
     def step(chosen: np.ndarray, _: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        paid, utility, regret = outcomes(network, training.take(torch.from_numpy(chosen)), "learned")
+        paid, utility, gained = outcomes(network, training.take(torch.from_numpy(chosen)), "learned")
+        regret = regret_of(utility, gained)
         revenue, lost = paid.sum() / len(chosen), regret.sum() / len(chosen)
         loss = -revenue + multiplier.clone() * lost + 0.5 * config.rho * lost**2
         with torch.no_grad():
@@ -257,8 +288,8 @@ def train_payment(network: EgaV2, training: Audit, check: Audit, config: Payment
 
     def validate() -> dict[str, float]:
         found = psi_of(network, check, "learned")
-        honest = found["psi"] <= config.psi_target
-        return {"score": found["revenue"] if honest else -found["psi"] / config.psi_target, **found}
+        worst = found["psi"] + found["losers"]
+        return {"score": found["revenue"] if worst <= config.psi_target else -worst / config.psi_target, **found}
 
     return run_stage(
         "payment", network, parameters, config, np.arange(len(training.place)), step, validate, folder, {**fingerprint, "config": asdict(config)}, device, extra_state={"multiplier": multiplier}

@@ -17,7 +17,8 @@ from pydantic.dataclasses import dataclass as config_dataclass
 from torch import Tensor, nn
 
 from model.ega_v2.allocation import ItemFeatures, allocate, page_values
-from model.ega_v2.beam import Catalogue, Offers, Pages, SearchConfig, log_chances, search
+from model.ega_v2.beam import Catalogue, Offers, Pages, log_chances, search
+from model.ega_v2.config import SearchConfig
 from model.ega_v2.network import Decoding, EgaV2, History, Memory, RewardModel, Rewards, generation_losses
 from model.ega_v2.payment import PaymentConfig
 from model.ega_v2.tokenizer import Features, Tokenizer, TokenizerConfig, TokenizerError, fit, require_healthy
@@ -257,5 +258,3 @@ class V2TrainingConfig:
     """Stage 4."""
     payment: PaymentConfig = PaymentConfig()
     """Stage 5."""
-    search: SearchConfig = SearchConfig(beams=16)
-    """The search that the trained model is used with."""

@@ -12,9 +12,9 @@ import torch
 from tqdm import tqdm
 
 from marketplace import schema
-from model.ega_v2.beam import SearchConfig
 from model.ega_v2.data import PageData, place_index, require_pages
 from model.ega_v2.model import EgaV2Model, audiences
+from model.ega_v2.network import RewardModel
 from model.ega_v2.payment import Audit, audit, joined, train_payment
 from model.ega_v2.stages import V2TrainingConfig, pretrain, train_reward, train_rlaf
 from model.training.data import Samples
@@ -42,23 +42,25 @@ def run_stage(stage: str, model: EgaV2Model, samples: Samples, config: V2Trainin
     if stage == "payment":
         own = config.payment
         return train_payment(
-            model.core, audited(data, train[-own.requests :], own.misreports, config.search), audited(data, validation[-own.validation_requests :], own.misreports, config.search),
+            model.core, audited(data, train[-own.requests :], own.misreports, own.losers), audited(data, validation[-own.validation_requests :], own.misreports, own.losers),
             own, folder, fingerprint, device,
         )  # fmt: skip
     rlaf = config.rlaf
     return train_rlaf(
         model.core, model.enter_stage("rlaf"), lambda rows: data.groups(rows, samples.slots), train[-rlaf.requests :] if rlaf.requests else train,
-        validation[-rlaf.validation_requests :], model.core.config.slots, config.search, rlaf, folder, fingerprint, device,
+        validation[-rlaf.validation_requests :], model.core.config.slots, model.config.ega_v2.search, rlaf, folder, fingerprint, device,
     )  # fmt: skip
 
 
-def audited(data: PageData, rows: np.ndarray, factors: tuple[float, ...], search: SearchConfig) -> Audit:
-    """Requests regenerated for every displayed ad and trial bid."""
+def audited(data: PageData, rows: np.ndarray, factors: tuple[float, ...], losers: int, judge: RewardModel | None = None) -> Audit:
+    """Requests regenerated for every trial bid of every displayed ad and of `losers` others; ordered by day and city, as `data.groups`."""
     samples, network = data.samples, data.model.core
     found = []
     for mine, history, catalogue, offers, features in tqdm(list(data.groups(rows, samples.slots)), desc="trial bids", unit="day", disable=not sys.stderr.isatty()):
         city = data.city_offers(int(samples.day[mine[0]]), int(samples.city_code[mine[0]])).city
-        found.append(audit(network, history, catalogue, offers, features, torch.from_numpy(city.reserve), samples.slots, factors, search))
+        found.append(
+            audit(network, history, catalogue, offers, features, torch.from_numpy(city.reserve), samples.slots, factors, data.model.config.ega_v2.search, losers, judge)
+        )
     return joined(found)
 
 

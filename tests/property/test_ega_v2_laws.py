@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from v2_reference import TableDecoder, all_pages, mix, random_market, table_logit
 
-from model.ega_v2.beam import Offers, Pages, SearchConfig, SearchError, log_chances, search, top
+from model.ega_v2.beam import Offers, Pages, SearchError, log_chances, search, top
+from model.ega_v2.config import SearchConfig
 from model.ega_v2.trie import Trie
 
 LAW = settings(max_examples=60, deadline=None)

@@ -9,7 +9,8 @@ import torch
 from v2_tiny import SIZES, history, market, network
 
 from model.ega_v2.allocation import Allocation, ItemFeatures, allocate
-from model.ega_v2.beam import Offers, Pages, SearchConfig, log_chances, search
+from model.ega_v2.beam import Offers, Pages, log_chances, search
+from model.ega_v2.config import SearchConfig
 from model.ega_v2.network import PageItems
 
 REQUESTS, ADS, ORGANICS, SLOTS, CONFIG = 3, 9, 2, 3, SearchConfig(beams=7)

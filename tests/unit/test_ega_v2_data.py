@@ -18,12 +18,11 @@ from marketplace.synthetic import SyntheticConfig
 from marketplace.worlds import WorldConfig, build_world
 from model.ega_v1.network import NetworkConfig
 from model.ega_v2.allocation import allocate, page_values
-from model.ega_v2.beam import Pages, SearchConfig, search
-from model.ega_v2.config import V2Config
+from model.ega_v2.beam import Pages
+from model.ega_v2.config import SearchConfig, V2Config
 from model.ega_v2.data import PageData, places_of_page
 from model.ega_v2.model import AUDIENCE_WIDTH, audiences
-from model.ega_v2.network import Decoding
-from model.ega_v2.payment import RULES, Audit, PaymentConfig, Shown, outcomes, prices, psi_of, shown_pages
+from model.ega_v2.payment import RULES, Audit, PaymentConfig, Shown, outcomes, prices, psi_of, regret_of, shown_pages
 from model.ega_v2.stages import PretrainConfig, RewardConfig, RlafConfig, V2TrainingConfig, marginal_rewards
 from model.ega_v2.tokenizer import TokenizerError
 from model.ega_v2.training import audited
@@ -36,12 +35,12 @@ SHORT = {"steps": 3, "batch": 16, "validate_every": 2, "validation_requests": 24
 TRAINING = TrainingConfig(
     ega_v2=V2TrainingConfig(
         pretrain=PretrainConfig(**SHORT), reward=RewardConfig(**SHORT), evaluation=RewardConfig(**SHORT, seed=2),
-        rlaf=RlafConfig(**(SHORT | {"batch": 4, "validation_requests": 4}), requests=12, beams=4), payment=PaymentConfig(**(SHORT | {"batch": 4}), requests=6, misreports=(0.5, 1.5)), search=SearchConfig(beams=4),
+        rlaf=RlafConfig(**(SHORT | {"batch": 4, "validation_requests": 4}), requests=12, beams=4), payment=PaymentConfig(**(SHORT | {"batch": 4}), requests=6, losers=1, misreports=(0.5, 1.5)),
     ),
     threads=1,
 )  # fmt: skip
 MODEL = NetworkConfig(
-    kind="ega_v2", width=16, heads=2, slots=3, ega_v2=V2Config(behaviours=8, encoder_blocks=1, decoder_blocks=1, reward_blocks=1, poi_codes=16, creative_codes=16, creative_width=6, organic_items=2, most_collisions=0.6)
+    kind="ega_v2", width=16, heads=2, slots=3, ega_v2=V2Config(behaviours=8, encoder_blocks=1, decoder_blocks=1, reward_blocks=1, poi_codes=16, creative_codes=16, creative_width=6, organic_items=2, most_collisions=0.6, search=SearchConfig(beams=4))
 )
 
 
@@ -156,11 +155,14 @@ def test_pages_hold_active_ads_with_their_own_creatives_and_all_organic_items(da
 @torch.inference_mode()
 def test_trial_bids_regenerate_the_page_and_every_rule_charges_within_bid_and_reserve(data) -> None:
     rows = data.samples.split_rows(schema.TEST)[:3]
-    found = audited(data, rows, (0.0, 1.0, 3.0), SearchConfig(beams=4))
+    found = audited(data, rows, (0.0, 1.0, 3.0), losers=1, judge=data.model.evaluation)
     shown = found.place >= 0
-    assert found.trial_place.shape == (3, 3, 3) and bool(shown.all())
+    assert found.trial_place.shape == (3, 4, 3) and bool(shown[:, :3].all()) and not bool(shown[:, 3].any())
+    assert bool((found.ad[:, 3] >= 0).any())  # some other proposed page holds another ad
     # The truthful bid among the trials gives the truthful page again.
-    torch.testing.assert_close(found.trial.bid[:, :, 1], found.truth.bid.unsqueeze(1).expand(-1, 3, -1))
+    torch.testing.assert_close(found.trial.bid[:, :, 1], found.truth.bid.unsqueeze(1).expand(-1, 4, -1))
+    torch.testing.assert_close(found.trial.judged[:, :, 1], found.truth.judged.unsqueeze(1).expand(-1, 4, -1))
+    assert not torch.equal(found.truth.judged, found.truth.ctr)
     assert torch.equal(found.trial_place[:, :, 1], found.place)
     assert bool((found.trial_place[:, :, 0] == -1).all())  # below the reserve
     core = data.model.core
@@ -168,8 +170,9 @@ def test_trial_bids_regenerate_the_page_and_every_rule_charges_within_bid_and_re
         for pages in (found.truth, found.trial):
             price = prices(core, pages, rule)
             assert bool((price <= pages.bid + 1e-6).all()) and bool((price >= torch.minimum(pages.reserve, pages.bid) - 1e-6).all())
-        paid, utility, regret = outcomes(core, found, rule)
-        assert bool((regret >= 0).all()) and bool((paid >= 0).all())
+        paid, utility, gained = outcomes(core, found, rule)
+        assert bool((paid >= 0).all()) and bool((utility >= -1e-6).all()) and bool((regret_of(utility, gained) >= 0).all())
+        assert float(paid[:, 3].abs().max()) == float(utility[:, 3].abs().max()) == 0.0
         assert np.isfinite(psi_of(core, found, rule)["psi"]) or rule == "first_price"
     assert float(outcomes(core, found, "first_price")[1].abs().max()) < 1e-6
 
@@ -178,14 +181,15 @@ def test_gsp_and_regret_by_hand() -> None:
     """Places: ad, organic item, ad, empty. In the first place the second ad would be clicked as often as the first: 1 * .5 = .5 below it."""
     bid, ctr = torch.tensor([[4.0, 0.0, 1.0, 0.0]]), torch.tensor([[0.5, 0.0, 0.25, 0.0]])
     state, none = torch.zeros(1, 4, 2), torch.zeros(1, 4)
-    page = Shown(state, bid, ctr, ctr, torch.tensor([[0.1, 0.0, 0.2, 0.0]]), torch.tensor([[0.5, 0.0, 0.01, 0.0]]))
+    page = Shown(state, bid, ctr, ctr, ctr, torch.tensor([[0.1, 0.0, 0.2, 0.0]]), torch.tensor([[0.5, 0.0, 0.01, 0.0]]))
     assert prices(None, page, "gsp").tolist() == [[1.0, 0.0, pytest.approx(0.2), 0.0]]
     # Ad 1 lies and stands third at a third of the price: utility (4 - 0.2) * 0.25 = 0.95 against (4 - 1) * 0.5 = 1.5: no regret. Ad 2 lies to the top.
-    low = Shown(state, torch.tensor([[0.5, 0.0, 0.0, 0.0]]), torch.tensor([[0.25, 0.0, 0.0, 0.0]]), ctr, torch.tensor([[0.2, 0.0, 0.0, 0.0]]), none)
-    high = Shown(state, torch.tensor([[8.0, 0.0, 0.0, 0.0]]), torch.tensor([[0.5, 0.0, 0.0, 0.0]]), ctr, torch.tensor([[0.2, 0.0, 0.0, 0.0]]), none)
+    low = Shown(state, torch.tensor([[0.5, 0.0, 0.0, 0.0]]), torch.tensor([[0.25, 0.0, 0.0, 0.0]]), ctr, ctr, torch.tensor([[0.2, 0.0, 0.0, 0.0]]), none)
+    high = Shown(state, torch.tensor([[8.0, 0.0, 0.0, 0.0]]), torch.tensor([[0.5, 0.0, 0.0, 0.0]]), ctr, ctr, torch.tensor([[0.2, 0.0, 0.0, 0.0]]), none)
     trial = Shown(*(torch.stack([a, b], 1).unsqueeze(2) for a, b in zip(vars(low).values(), vars(high).values(), strict=True)))
-    found = Audit(page, torch.tensor([[0, 2]]), torch.tensor([[4.0, 1.0]]), trial, torch.tensor([[[0], [0]]]))
-    paid, utility, regret = outcomes(None, found, "gsp")
+    found = Audit(page, torch.tensor([[7, 9]]), torch.tensor([[0, 2]]), torch.tensor([[4.0, 1.0]]), trial, torch.tensor([[[0], [0]]]))
+    paid, utility, gained = outcomes(None, found, "gsp")
+    regret = regret_of(utility, gained)
     assert paid.tolist() == [[0.5, pytest.approx(0.05)]] and utility.tolist() == [[1.5, pytest.approx(0.2)]]
     assert regret.tolist() == [[0.0, pytest.approx((1.0 - 0.2) * 0.5 - 0.2)]]
 
@@ -197,8 +201,7 @@ def test_the_rival_of_a_place_is_read_in_that_place(data) -> None:
     mine, history, catalogue, offers, features = next(iter(data.groups(samples.split_rows(schema.TEST)[:1], 3)))
     found = data.city_offers(int(samples.day[mine[0]]), int(samples.city_code[mine[0]]))
     memory = network.encode(history)
-    shown, page = shown_pages(network, memory, catalogue, offers, features, torch.from_numpy(found.city.reserve), config)
-    proposed = search(lambda _: Decoding(network, memory, config.beams, network.config.slots), catalogue, offers, network.config.slots, config)
+    shown, page, proposed = shown_pages(network, memory, catalogue, offers, features, torch.from_numpy(found.city.reserve), config)
     names = [name for name in vars(page) if name != "score"]
 
     def worth(changes: dict[int, tuple[Pages, int, int]]) -> torch.Tensor:

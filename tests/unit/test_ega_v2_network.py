@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from v2_tiny import NETWORK, SIZES, history, market, network, page, page_items
 
 from model.bundle import state_bytes
-from model.ega_v2.beam import SearchConfig, search
+from model.ega_v2.beam import search
+from model.ega_v2.config import SearchConfig
 from model.ega_v2.network import Decoding, EgaV2, NetworkConfig, generation_losses
 
 SLOTS, LAYERS, PARTS = NETWORK.slots, SIZES.poi_layers, SIZES.creative_layers

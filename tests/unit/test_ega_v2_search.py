@@ -11,7 +11,8 @@ import torch
 from v2_reference import TableDecoder
 from v2_tiny import market
 
-from model.ega_v2.beam import Catalogue, Offers, Pages, SearchConfig, SearchError, best_page, search
+from model.ega_v2.beam import Catalogue, Offers, Pages, SearchError, best_page, search
+from model.ega_v2.config import SearchConfig
 from model.ega_v2.trie import Trie, TrieError
 
 

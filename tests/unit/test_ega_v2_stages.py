@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from model.bundle import state_bytes
-from model.ega_v2.beam import Catalogue, Offers, SearchConfig, search
+from model.ega_v2.beam import Catalogue, Offers, search
+from model.ega_v2.config import SearchConfig
 from model.ega_v2.network import EgaV2, History, NetworkConfig, TokenSizes
 from model.ega_v2.stages import PretrainConfig, Sequences, pretrain, tokenize
 from model.ega_v2.tokenizer import TokenizerConfig, TokenizerError
