@@ -18,8 +18,6 @@ import pandas as pd
 from benchmarks.tables import ROOT, Market, _say, market, mean_and_deviation, pooled, provenance, seeds_of
 
 if TYPE_CHECKING:
-    from model.ega_v2.data import PageData
-    from model.ega_v2.payment import Rule
     from pipelines.config import RunConfig
 
 DEFAULT = ROOT / "config" / "tables_v2.yaml"
@@ -37,39 +35,6 @@ ROWS = {
     "ega_v2": "EGA (V2)",
 }
 """Policies of the table, in its order; all but "learned" charge GSP."""
-AUDITED, LOSERS, AUDIT_FACTORS = 24, 3, (*(0.05 * step for step in range(1, 41)), 2.5, 3.0, 4.0)
-"""Test requests whose ads' gains from lying are measured, ads that are not displayed among them, and the bids that are tried, as factors of the value."""
-
-
-def generated(place: Market, data: PageData, rows: np.ndarray, policy: str, rule: Rule = "gsp", best_of_beam: bool = True, **search: Any) -> pd.DataFrame:
-    """Pages of EGA (V2) for test requests: policy, request_id, slot, ad_id, bid, payment, pctr, creative_id, above.
-
-    `best_of_beam` false: the likeliest page of the search, which no reward model has chosen. `search`: other settings of the search.
-    """
-    import torch
-
-    from model.ega_v2.allocation import ItemFeatures
-    from model.ega_v2.payment import prices, shown_pages
-
-    samples, network, config = place.samples, data.model.core, replace(data.model.config.ega_v2.search, **search)
-    frames = []
-    with torch.inference_mode():
-        for mine, history, catalogue, offers, features in data.groups(rows, samples.slots):
-            found = data.city_offers(int(samples.day[mine[0]]), int(samples.city_code[mine[0]]))
-            reserve = torch.from_numpy(found.city.reserve)
-            for index, row in enumerate(mine):
-                part = slice(index, index + 1)
-                own = ItemFeatures(*(values[part] for values in vars(features).values()))
-                shown, page, _ = shown_pages(network, network.encode(history.rows(part)), catalogue, offers.rows(part), own, reserve, config, best_of_beam)
-                ad = page.ad[0, 0].numpy()
-                at = np.flatnonzero(ad >= 0)
-                money = {"bid": shown.bid, "payment": prices(network, shown, rule)}
-                frames.append(pd.DataFrame({
-                    "policy": policy, "request_id": samples.request_id[row], "slot": np.arange(1, len(at) + 1), "ad_id": np.asarray(samples.ad_id)[found.city.rows[ad[at]]],
-                    **{name: values[0].double().numpy()[at] * found.city.unit for name, values in money.items()}, "pctr": shown.ctr[0].numpy()[at],
-                    "creative_id": np.asarray(samples.creative_id)[found.creative_rows[page.creative[0, 0].numpy()[at]]], "above": at - np.arange(len(at)),
-                }))  # fmt: skip
-    return pd.concat(frames, ignore_index=True)
 
 
 def with_selected(place: Market, pages: pd.DataFrame, above: str | None = None) -> pd.DataFrame:
@@ -84,31 +49,18 @@ def with_selected(place: Market, pages: pd.DataFrame, above: str | None = None) 
     return pages.assign(creative_id=creative, above=0 if above == "top" else np.minimum(pages["slot"].to_numpy() - 1, items))
 
 
-def logged(place: Market, rows: np.ndarray) -> pd.DataFrame:
-    """The pages that were shown, as they were."""
-    samples = place.samples
-    ad = np.asarray(samples.candidate[rows, : samples.slots])
-    request, slot = np.nonzero(ad >= 0)
-    at = rows[request]
-    values = {name: np.asarray(getattr(samples, f"exposed_{name}"))[at, slot] for name in ("bid", "payment", "pctr")}
-    return pd.DataFrame({
-        "policy": "logged", "request_id": np.asarray(samples.request_id)[at], "slot": slot + 1, "ad_id": np.asarray(samples.ad_id)[ad[request, slot]], **values,
-        "creative_id": np.asarray(samples.creative_id)[np.asarray(samples.exposed_creative)[at, slot]], "above": np.asarray(samples.above)[at, slot],
-    })  # fmt: skip
-
-
 def policies(place: Market, psi: dict[str, float]) -> Iterator[pd.DataFrame]:
     """Pages of every policy of ROWS on the same test requests; `psi` gains that of each price rule on EGA (V2)'s pages."""
     from marketplace import schema
     from model.ega_v2.data import PageData
     from model.ega_v2.payment import RULES, psi_of
+    from model.ega_v2.replay import TRIAL_FACTORS, generated, logged_pages, priced
     from model.ega_v2.training import audited
     from model.training.run import load_stage
     from model.training.stages import newest
 
     model, samples, seed = place.config.model, place.samples, place.seed
     rows = np.sort(newest(samples.split_rows(schema.TEST), place.config.evaluation.requests))
-    yield logged(place, rows)
     for kind in ("mca", "ega_v1"):
         _say(f"seed {seed}: {kind}")
         found = place.replay(place.train(kind, replace(model, kind=kind))).pages
@@ -119,17 +71,19 @@ def policies(place: Market, psi: dict[str, float]) -> Iterator[pd.DataFrame]:
     _say(f"seed {seed}: ega_v2")
     v2 = replace(model, kind="ega_v2")
     data = PageData(samples, place.train("ega_v2", v2))
-    pages = generated(place, data, rows, "ega_v2")
-    yield pages
-    yield generated(place, data, rows, "learned", "learned")
-    few = rows[np.linspace(0, len(rows) - 1, min(len(rows), AUDITED)).astype(int)]
-    lies = audited(data, few, AUDIT_FACTORS, LOSERS)
+    yield logged_pages(data, rows)
+    pages = generated(data, rows)
+    mine = priced(pages, "ega_v2", "gsp")
+    yield mine
+    yield priced(pages, "learned", "learned")
+    few = rows[np.linspace(0, len(rows) - 1, min(len(rows), place.config.evaluation.audited_requests)).astype(int)]
+    lies = audited(data, few, TRIAL_FACTORS, place.config.evaluation.audited_losers)
     psi.update({rule: psi_of(data.model.core, lies, rule)["psi"] for rule in RULES})
-    yield with_selected(place, pages.assign(policy="-creative")).assign(above=pages["above"])
-    yield generated(place, data, rows, "-bid", bid_of_prefix="mean")
+    yield with_selected(place, mine.assign(policy="-creative")).assign(above=mine["above"])
+    yield priced(generated(data, rows, bid_of_prefix="mean"), "-bid", "gsp")
     plain = PageData(samples, load_stage("evaluation", samples, v2, place.folder / "ega_v2" / "stages", seed))
-    yield generated(place, plain, rows, "-rlaf")
-    likeliest = generated(place, plain, rows, "gr", best_of_beam=False)
+    yield priced(generated(plain, rows), "-rlaf", "gsp")
+    likeliest = priced(generated(plain, rows, best_of_beam=False), "gr", "gsp")
     yield with_selected(place, likeliest).assign(above=likeliest["above"])
 
 

@@ -47,10 +47,10 @@ class Market:
 
     def train(self, name: str, model: NetworkConfig, until: str | None = None, shared: str | None = None) -> RankingModel:
         """A model of this configuration, through `until` or all of its stages. `shared`: a trained one whose stages it begins with."""
-        from model.kinds import stages_of
+        from model.kinds import STAGES
         from model.training.run import load_stage, train_stage
 
-        stages = stages_of(model.kind)
+        stages = STAGES[model.kind]
         stages = stages if until is None else stages[: stages.index(until) + 1]
         out = self.folder / name / "stages"
         for stage in stages:

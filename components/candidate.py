@@ -34,14 +34,18 @@ class CandidateConfig:
     """Thresholds."""
 
 
-def find_incumbent(home: Path, key: bytes) -> Incumbent | None:
-    """The newest approved model of a home, or None when nothing was approved yet. A damaged store raises."""
+def find_incumbent(home: Path, key: bytes, kind: str) -> Incumbent | None:
+    """The newest approved model of a home, or None when nothing was approved yet. A damaged store raises, and so does a live model whose pages
+    cannot be compared offline with those of a candidate of `kind`: EGA (V2) places ads among organic results, the others do not."""
     from serving.store import find_live_model
 
     approved = find_live_model(home, key)
     if approved is None:
         return None
     bundle = load_bundle(approved.folder, key)
+    live = bundle.network.config.kind
+    if (live == "ega_v2") != (kind == "ega_v2"):
+        raise ValueError(f"the live model {approved.version} of {home} is of kind {live}, the candidate of kind {kind}: replay cannot compare their pages. Give the configuration a name of its own, and compare the two by `ega ab`")
     mode = "learned" if approved.price_mode == "learned" else "critical"
     return Incumbent(bundle.network, bundle.vocabulary["tables"], mode, approved.version)
 
@@ -54,13 +58,13 @@ def judge_candidate(samples: Path, logs: Path, run_dir: Path, home: Path, config
     key = signing_key(home.parent, create=True)
     # A resumed run may find its own model approved already: it must not become its own incumbent.
     verdict_path = run_dir / "gate.json"
-    incumbent = find_incumbent(home, key)
+    incumbent = find_incumbent(home, key, parsed.model.kind)
     if incumbent is not None and incumbent.version == weights[:12]:
         incumbent = None
     metrics = evaluate_candidate(
         samples, run_dir / "stages", parsed.model, parsed.training, parsed.evaluation, parsed.gates, run_dir / "evaluation", seed, incumbent
     )
-    counting_baselines(logs, samples, run_dir, parsed, seed)
+    counting_baselines(logs, samples, run_dir, parsed, seed, min(1000, parsed.evaluation.requests))
     info = json.loads((samples / "samples.json").read_text())
     provenance = {"run": run_dir.name, "data_hash": info["data_hash"], "code_version": code_version, "seed": seed}
     version = bundle_candidate(samples, run_dir / "stages", parsed.model, metrics, provenance, run_dir / "bundle", seed, key)
@@ -79,14 +83,12 @@ def counting_baselines(logs: Path, samples_folder: Path, run_dir: Path, config: 
     For validation and test days, at most `most` newest requests each. Counting scores use all behaviours before a request, not only the
     L that the model reads, and ties go by popularity: the strongest form of each baseline. Writes <run_dir>/evaluation/baselines.json.
     """
-    import torch
-
     from marketplace.counting import SCORERS, popularity
     from marketplace.logs import read_table
     from marketplace.schema import TEST, VALIDATION
     from model.bundle import write_atomic
     from model.evaluation.metrics import auc, mean_and_interval, recall_at
-    from model.evaluation.replay import pools_of, positions_of
+    from model.evaluation.replay import positions_of
     from model.training.data import Samples
     from model.training.run import load_final
     from model.training.stages import newest
@@ -103,11 +105,7 @@ def counting_baselines(logs: Path, samples_folder: Path, run_dir: Path, config: 
         asked = requests.loc[np.asarray(samples.request_id[rows])]
         crowd = np.asarray(popularity(behaviours, asked, pois), np.float64)
         scores = {label: scorer(behaviours, asked, pois) + (1e-6 * crowd / (crowd.max() + 1) if label != "popularity" else 0) for label, scorer in SCORERS.items()}
-        model = np.full(crowd.shape, -1.0)
-        for pool in pools_of(network, samples, rows, config.evaluation):
-            at = np.searchsorted(rows, pool.requests)[:, None]
-            real = pool.ad_rows >= 0
-            model[np.broadcast_to(at, real.shape)[real], pool.ad_rows[real]] = torch.sigmoid(pool.click).numpy()[real]
+        model = _city_scores(network, samples, rows, config.evaluation)
         candidate = np.asarray(samples.candidate[rows])
         active = np.stack([np.isfinite(samples.bid[d]) & (np.asarray(samples.ad_city) == c) for d, c in zip(samples.day[rows], samples.city_code[rows], strict=True)])
         clicks, users = np.asarray(samples.click[rows]), np.asarray(samples.user_id[rows])
@@ -120,6 +118,25 @@ def counting_baselines(logs: Path, samples_folder: Path, run_dir: Path, config: 
             table.append({"split": name, "model": label, "auc": auc(clicks[inside], picked[inside]), "recall": mean, "recall_interval": [low, high], "k": k})
     write_atomic(run_dir / "evaluation" / "baselines.json", json.dumps(finite_only(table), indent=1).encode())
     return table
+
+
+def _city_scores(network: Any, samples: Any, rows: np.ndarray, config: EvaluationConfig) -> np.ndarray:
+    """[R, A] what the model ranks ads by: q of every ad; of EGA (V2) log P(POI | S)."""
+    import torch
+
+    from model.evaluation.replay import pools_of
+
+    if network.config.kind == "ega_v2":
+        from model.ega_v2.data import PageData
+        from model.ega_v2.replay import city_scores
+
+        return city_scores(PageData(samples, network), rows)
+    scores = np.full((len(rows), len(samples.ad_id)), -1.0)
+    for pool in pools_of(network, samples, rows, config):
+        at = np.searchsorted(rows, pool.requests)[:, None]
+        real = pool.ad_rows >= 0
+        scores[np.broadcast_to(at, real.shape)[real], pool.ad_rows[real]] = torch.sigmoid(pool.click).numpy()[real]
+    return scores
 
 
 def flat_metrics(metrics: dict[str, Any]) -> dict[str, float]:
@@ -155,6 +172,11 @@ OFF_POLICY_NOTE = (
     "on the ads down to its slot (cascade) or on its own ad and slot alone (slot). A mean weight below 1 says which part of the candidate's pages the logging policy "
     "could not have shown: of that part nothing was observed, and a doubly robust figure is then the forecast again. A small effective sample says that the "
     "interval is wide because few logged pages agree.</p>"
+)
+
+
+NO_OFF_POLICY = (
+    "<p>None: the logging policy chose neither places among organic results nor creatives, so its logs cannot say what the candidate's choices would have earned.</p>"
 )
 
 
@@ -213,7 +235,7 @@ def candidate_sections(run_dir: Path, truth: dict[str, Any] | None = None) -> li
         ("Gates", table(("gate", "verdict", "reason"), gates)),
         ("What each stage moved", table(("stage", "measure", "on", "before", "after", "improved"), moved)),
         ("Policies on the test days, by the evaluation evaluator", table(("policy / prices", "eCTR % per request", "eRPM per 1000 requests", "95 % interval", "bid value per 1000"), policies)),
-        ("Off-policy check: what the log says of the candidate's pages", OFF_POLICY_NOTE + table(("policy / prices", "measure", "source", "value", "95 % interval", "mean weight, first to last slot", "effective sample, requests"), off_policy_rows(metrics, truth))),
+        ("Off-policy check: what the log says of the candidate's pages", NO_OFF_POLICY if metrics["off_policy"] is None else OFF_POLICY_NOTE + table(("policy / prices", "measure", "source", "value", "95 % interval", "mean weight, first to last slot", "effective sample, requests"), off_policy_rows(metrics, truth))),
         ("Incentive compatibility", PSI_NOTE + table(("prices", *(f"{kind}, {judge}" for judge in ("pricing evaluator", "evaluation evaluator") for kind in ("displayed", "losers", "paper's grid")), ""), psi)),
         ("Gain from lying against the own bid: four displayed ads", lies_svg(data, mode) if len(data["lie_ad"]) else "<p>no ad was displayed</p>"),
         ("Ranking and calibration", table(("measure", "value"), ranking)),
@@ -240,13 +262,20 @@ def publish_embeddings(run_dir: Path, home: Path, tag: str) -> tuple[Path, int]:
     if tag.split(":")[-1] != manifest["version"]:
         raise BundleError(f"bundle {manifest['version']} in {run_dir} is not the approved {tag}")
     bundle, samples = load_bundle(run_dir / "bundle", key), Samples(run_dir / "samples")
-    fields = torch.from_numpy(np.array(samples.ad_fields)).long()
     active = np.isfinite(samples.bid[-1])
+    when = datetime.fromtimestamp(int(np.max(samples.time)), UTC)
+    if bundle.network.config.kind == "ega_v2":
+        from model.ega_v2.data import PageData
+
+        with torch.inference_mode():
+            place = torch.from_numpy(np.asarray(samples.ad_place_row)[active].astype(np.int64))
+            embedding = bundle.network.core.poi_codes.item(PageData(samples, bundle.network).place_codes[place]).numpy()
+        return publish_ad_embeddings(home, np.asarray(samples.ad_id)[active], embedding, manifest["version"], when), int(active.sum())
+    fields = torch.from_numpy(np.array(samples.ad_fields)).long()
     states = np.zeros((len(fields), bundle.network.state_width), np.float32)
     with torch.inference_mode():
         for city in np.unique(samples.city_code):
             rows = np.flatnonzero((np.asarray(samples.ad_city) == city) & active)
             if len(rows):
                 states[rows] = bundle.network.city_states(fields[rows].unsqueeze(0), torch.ones(1, len(rows), dtype=torch.bool))[0].numpy()
-    when = datetime.fromtimestamp(int(np.max(samples.time)), UTC)
     return publish_ad_embeddings(home, np.asarray(samples.ad_id)[active], states[active], manifest["version"], when), int(active.sum())

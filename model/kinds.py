@@ -14,16 +14,10 @@ STAGES: dict[str, tuple[str, ...]] = {
     "ega_v1": ("pretrain", "reward", "evaluation", "rlaf", "payment"),
     "mca": ("recall", "prerank", "pretrain", "evaluation"),
     "fs_ltr": ("recall", "prerank", "pretrain", "relabel", "evaluation"),
+    "ega_v2": ("tokenize", "pretrain", "reward", "evaluation", "rlaf", "payment"),
 }
-"""In training order. `pretrain` trains what ranks, by the same loss for all; `reward` and `evaluation` are the two evaluators of stage 2."""
-
-BENCH_STAGES: dict[str, tuple[str, ...]] = {"ega_v2": ("tokenize", "pretrain", "reward", "evaluation", "rlaf", "payment")}
-"""Of kinds that `ega bench` trains and the pipeline does not serve."""
-
-
-def stages_of(kind: str) -> tuple[str, ...]:
-    """The stages of any kind, in training order."""
-    return (STAGES | BENCH_STAGES)[kind]
+"""In training order. `pretrain` trains what ranks (EGA-V1 and the cascades, by one loss) or writes pages (EGA (V2)); `reward` and `evaluation` are two models of
+clicks on pages: the one that chooses and prices, and the one that judges."""
 
 
 def create(config: NetworkConfig, sizes: VocabularySizes, geo_table: Tensor | None = None, prior_ctr: float = 0.05) -> RankingModel | EgaV2Model:
@@ -39,7 +33,7 @@ def create(config: NetworkConfig, sizes: VocabularySizes, geo_table: Tensor | No
 
 def previous_stage(kind: str, stage: str) -> str | None:
     """The stage whose weights `stage` starts from; None for the first. Raises for a stage that this kind does not have."""
-    stages = stages_of(kind)
+    stages = STAGES[kind]
     if stage not in stages:
         raise ValueError(f"stage {stage!r} is not one of {kind}; its stages are {', '.join(stages)}")
     at = stages.index(stage)

@@ -18,7 +18,6 @@ from marketplace.worlds import WorldConfig
 from model.ega_v1.network import NetworkConfig
 from model.evaluation.gates import GateConfig
 from model.evaluation.replay import EvaluationConfig
-from model.kinds import STAGES
 from model.training.stages import TrainingConfig
 from monitoring.experiment import DriverConfig
 from monitoring.report import MonitorConfig
@@ -78,8 +77,15 @@ class RunConfig:
     """The A/B test."""
 
     def __post_init__(self) -> None:
-        if self.model.kind not in STAGES:
-            raise ValueError(f"model.kind {self.model.kind} is trained and judged by `ega bench v2`; a run trains and serves {', '.join(STAGES)}")
+        if self.model.kind != "ega_v2" or self.world is None:
+            return
+        v2, creatives, items = self.model.ega_v2, self.world.creatives, self.world.organic.items
+        if creatives.per_ad < 2:
+            raise ValueError("model.kind ega_v2 chooses creatives: set world.creatives.per_ad to 2 or more")
+        if creatives.width != v2.creative_width:
+            raise ValueError(f"world.creatives.width is {creatives.width} and model.ega_v2.creative_width {v2.creative_width}; they must be equal")
+        if items > v2.organic_items:
+            raise ValueError(f"world.organic.items is {items}, the model reads at most model.ega_v2.organic_items = {v2.organic_items}")
 
     @property
     def candidate(self) -> CandidateConfig:

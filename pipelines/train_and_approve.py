@@ -33,7 +33,7 @@ def place(task: dsl.PipelineTask, cpu: str, memory: str, retries: int = 1) -> ds
     return task
 
 
-@dsl.pipeline(name="train-and-approve", description="Validate logs, build features, train EGA-V1 or a cascade in stages, gate it, approve it.")
+@dsl.pipeline(name="train-and-approve", description="Validate logs, build features, train EGA-V1, a cascade or EGA (V2) in stages, gate it, approve it.")
 def train_and_approve(
     logs: str,
     run_dir: str,
@@ -90,11 +90,15 @@ def train_and_approve(
         ega_v1 = train(STAGES["ega_v1"])
     with dsl.Elif(kind == "mca", name="mca"):
         mca = train(STAGES["mca"])
-    with dsl.Else(name="fs_ltr"):
+    with dsl.Elif(kind == "fs_ltr", name="fs_ltr"):
         fs_ltr = train(STAGES["fs_ltr"])
+    with dsl.Else(name="ega_v2"):
+        ega_v2 = train(STAGES["ega_v2"])
     judged = place(
         evaluate_candidate(
-            samples=sampled.outputs["Output"], logs=logs, run_dir=run_dir, home=home, config=candidate, seed=seed, weights=dsl.OneOf(ega_v1, mca, fs_ltr), code_version=code_version
+            samples=sampled.outputs["Output"], logs=logs, run_dir=run_dir, home=home, config=candidate, seed=seed,
+            weights=dsl.OneOf(ega_v1, mca, fs_ltr, ega_v2),
+            code_version=code_version,
         ),
         "8",
         "32G",

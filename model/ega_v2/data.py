@@ -133,26 +133,25 @@ class PageData:
     def logged_pages(self, rows: np.ndarray) -> LoggedPages:
         """The pages of requests as they were shown."""
         samples = self.samples
-        ad, above = np.asarray(samples.candidate[rows, : samples.slots]), np.asarray(samples.above[rows], np.int64)
-        organic = np.asarray(samples.organic_place[rows])
+        ad, organic = np.asarray(samples.candidate[rows, : samples.slots]), np.asarray(samples.organic_place[rows])
+        creative, above = np.asarray(samples.exposed_creative[rows]), np.asarray(samples.above[rows], np.int64)
+        items, at_ad = self.pages_of(rows, ad, creative, above)
+        _, at_item = places_of_page(ad >= 0, above, organic.shape[1])
+        real = ad >= 0
+        click = _page(at_ad, at_item, np.asarray(samples.click[rows, : samples.slots]) * real, np.asarray(samples.organic_click[rows]), 0)
+        purchase, opened = (_page(at_ad, at_item, np.asarray(values) * real, np.zeros(organic.shape), 0) for values in (samples.purchase[rows, : samples.slots], samples.creative_click[rows]))
+        ad_row = _page(at_ad, at_item, ad, np.full(organic.shape, -1), -1)
+        mask = (items.poi >= 0).all(-1)
+        return LoggedPages(items, mask, *(torch.from_numpy(np.asarray(x, np.float32)) for x in (click, opened, purchase)), ad_row)
+
+    def pages_of(self, rows: np.ndarray, ad: np.ndarray, creative: np.ndarray, above: np.ndarray) -> tuple[PageItems, np.ndarray]:
+        """Pages of ads [B, K] and their creatives (rows of their tables, -1 none) with `above` [B, K] organic items before each, among the organic items of requests
+        `rows`; and the places [B, K] of the ads on them."""
+        samples, organic = self.samples, np.asarray(self.samples.organic_place[rows])
         at_ad, at_item = places_of_page(ad >= 0, above, organic.shape[1])
-        width = samples.slots + organic.shape[1]
-
-        def page(of_ads: np.ndarray, of_items: np.ndarray | None, empty: float) -> np.ndarray:
-            values = np.full((len(rows), width), empty, of_ads.dtype)
-            np.put_along_axis(values, at_ad, of_ads, axis=1)
-            if of_items is not None and organic.shape[1]:
-                np.put_along_axis(values, at_item, of_items.astype(values.dtype), axis=1)
-            return values
-
-        ad_row = page(ad, np.full(organic.shape, -1), -1)
-        place = page(np.where(ad >= 0, np.asarray(samples.ad_place_row)[np.maximum(ad, 0)], -1), organic, -1)
-        creative = page(np.asarray(samples.exposed_creative[rows]), np.full(organic.shape, -1), -1)
-        click = page(np.asarray(samples.click[rows, : samples.slots]) * (ad >= 0), np.asarray(samples.organic_click[rows]), 0)
-        purchase = page(np.asarray(samples.purchase[rows, : samples.slots]) * (ad >= 0), np.zeros(organic.shape), 0)
-        opened = page(np.asarray(samples.creative_click[rows]) * (ad >= 0), np.zeros(organic.shape), 0)
-        items = self.page_items(rows, place, creative, ad_row)
-        return LoggedPages(items, torch.from_numpy(place >= 0), *(torch.from_numpy(np.asarray(x, np.float32)) for x in (click, opened, purchase)), ad_row)
+        none = np.full(organic.shape, -1)
+        place = _page(at_ad, at_item, np.where(ad >= 0, np.asarray(samples.ad_place_row)[np.maximum(ad, 0)], -1), organic, -1)
+        return self.page_items(rows, place, _page(at_ad, at_item, creative, none, -1), _page(at_ad, at_item, ad, none, -1)), at_ad
 
     def page_items(self, rows: np.ndarray, place: np.ndarray, creative: np.ndarray, ad_row: np.ndarray) -> PageItems:
         """Pages [B, P] by rows of places, creatives and ads (-1: none) as the reward model reads them."""
@@ -254,6 +253,15 @@ def places_of_page(ad: np.ndarray, above: np.ndarray, items: int) -> tuple[np.nd
     at_ad = above + np.arange(above.shape[1])
     before = (above[:, None, :] <= np.arange(items)[None, :, None]).sum(-1)
     return at_ad, before + np.arange(items)
+
+
+def _page(at_ad: np.ndarray, at_item: np.ndarray, of_ads: np.ndarray, of_items: np.ndarray, empty: float) -> np.ndarray:
+    """Values of ads [B, K] and organic items [B, O] in the order of the page, [B, K + O]."""
+    values = np.full((len(at_ad), at_ad.shape[1] + at_item.shape[1]), empty, of_ads.dtype)
+    np.put_along_axis(values, at_ad, of_ads, axis=1)
+    if at_item.shape[1]:
+        np.put_along_axis(values, at_item, of_items.astype(values.dtype), axis=1)
+    return values
 
 
 def _distinct_first(place: np.ndarray, creative: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from model.bundle import write_atomic, write_bundle
 from model.ega_v1.network import NetworkConfig
+from model.ega_v2.replay import replay_v2
 from model.evaluation.gates import GateConfig, choose_price_mode, judge
 from model.evaluation.replay import INCUMBENT, EvaluationConfig, Incumbent, replay
 from model.kinds import STAGES
@@ -34,7 +35,7 @@ def evaluate_candidate(
     Device(threads=training.threads).enter()
     samples = Samples(samples_folder)
     network = load_final(samples, network_config, stages, seed)
-    result = replay(network, samples, config, incumbent)
+    result = (replay_v2 if network_config.kind == "ega_v2" else replay)(network, samples, config, incumbent)
     mode = choose_price_mode(result.metrics, gates)
     rival = "logged" if incumbent is None else INCUMBENT
     decisions = judge(result.metrics, result.per_request, mode, rival, gates)
@@ -65,6 +66,12 @@ def what_moved(kind: str, stages: Path, metrics: dict[str, Any]) -> list[dict[st
     def on_validation(stage: str, what: str, key: str, better: str = "higher") -> dict[str, Any]:
         return row(stage, what, history[stage]["history"][0][key], _at_best(history[stage])[key], better, "validation")
 
+    if kind == "ega_v2":
+        return [
+            on_validation("pretrain", "loss of a POI code (next-token prediction)", "ntp", "lower"), on_validation("pretrain", "loss of a creative code (multi-token prediction)", "mtp", "lower"),
+            on_validation("reward", "AUC on exposed ads, reward model", "auc"), on_validation("rlaf", "bid-weighted clicks of the best page, reward model", "value"),
+            on_validation("payment", "regret / utility of learned payments (psi)", "psi", "lower"),
+        ]  # fmt: skip
     ranking, policies = metrics["ranking"], metrics["policies"]
     auc_rows = [on_validation(stage, "AUC, exposed and unexposed", "auc") for stage in ("pretrain", "relabel") if stage in history]
     if kind != "ega_v1":

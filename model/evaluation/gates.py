@@ -109,10 +109,15 @@ def calibration_gate(dev: float, config: GateConfig) -> Gate:
 
 
 def choose_price_mode(metrics: dict[str, Any], config: GateConfig) -> str:
-    """`learned` when the payment network earned it (psi within the limit, enough revenue), else `critical`."""
+    """`learned` when the payment network earned it (psi within the limit, enough revenue), else `critical`.
+
+    Pages of EGA (V2) have no critical prices: there it is `learned`, within the limit, or `gsp`, which the gate then judges.
+    """
     if "learned" not in metrics["psi"]:
         return "critical"
     honest = ic_gate(metrics["psi"]["learned"], "learned", config).approved
+    if "critical" not in metrics["psi"]:
+        return "learned" if honest else "gsp"
     learned, critical = (metrics["policies"][f"{metrics['policy']}/{mode}"]["erpm"] for mode in ("learned", "critical"))
     earned = honest and critical > 0 and learned >= config.learned_revenue_share * critical
     return "learned" if earned else "critical"

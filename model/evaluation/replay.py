@@ -54,6 +54,8 @@ class EvaluationConfig:
     """Trial bids inside every interval between two thresholds when regret is measured."""
     audited_losers: int = Field(5, ge=0)
     """Ads a request, next to those displayed, whose gain from overbidding is measured."""
+    audited_requests: int = Field(24, ge=1)
+    """Of EGA (V2), whose pages are generated anew for every trial bid: requests whose ads try other bids, spread over those replayed."""
     recall_at: int = Field(50, ge=1)
     """k of Recall@k."""
 
@@ -153,8 +155,8 @@ def replay(network: RankingModel, samples: Samples, config: EvaluationConfig, in
             "dev": deviation(q, y), "pctr_over_ctr_interval": [low_level, high_level], "dev_set": deviation(base, y), "dev_set_sampled": ranking["dev"],
             f"recall_at_{config.recall_at}": recall, f"recall_at_{config.recall_at}_interval": [low, high],
         },
-        "policies": _policy_table(per_request),
-        "off_policy": off_policy_table(all_pages, samples, asked),
+        "policies": policy_table(per_request),
+        "off_policy": offpolicy_table(all_pages, samples, asked),
         "psi": {
             name: {**value.psi(), **{f"{key}_model": mine for key, mine in regret["model"][name].psi().items() if key.startswith("psi_")}}
             for name, value in regret["evaluation"].items()
@@ -280,7 +282,7 @@ def _rows_frame(
     })  # fmt: skip
 
 
-def _policy_table(per_request: pd.DataFrame) -> dict[str, dict[str, Any]]:
+def policy_table(per_request: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """eCTR (%) and eRPM (currency per 1000 requests) per request, paper Sec. 5.1.2, with intervals clustered by user."""
     table: dict[str, dict[str, Any]] = {}
     for policy, rows in per_request.groupby("policy", sort=False):
@@ -293,7 +295,7 @@ def _policy_table(per_request: pd.DataFrame) -> dict[str, dict[str, Any]]:
     return table
 
 
-def off_policy_table(pages: pd.DataFrame, samples: Samples, rows: np.ndarray) -> dict[str, Any]:
+def offpolicy_table(pages: pd.DataFrame, samples: Samples, rows: np.ndarray) -> dict[str, Any]:
     """Clicks (% a request) and revenue (per 1000 requests) of every policy's pages, estimated from what happened on the logged ones.
 
     `logged` holds what was really clicked and paid; every policy the forecast of the evaluator that it was trained on

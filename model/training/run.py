@@ -20,7 +20,7 @@ from marketplace import schema
 from model.bundle import sha256_of, state_bytes, write_atomic
 from model.ega_v1.network import NetworkConfig, RankingModel
 from model.ega_v2.training import run_stage as run_v2
-from model.kinds import previous_stage, stages_of
+from model.kinds import STAGES, previous_stage
 from model.training.cascade import rank_stage, train_relabel, train_tower
 from model.training.data import Samples
 from model.training.loop import Device, StageResult
@@ -104,7 +104,7 @@ def load_stage(stage: str, samples: Samples, network_config: NetworkConfig, out:
 
 def load_final(samples: Samples, network_config: NetworkConfig, out: Path, seed: int) -> RankingModel:
     """The trained network: as its kind's last stage left it."""
-    return load_stage(stages_of(network_config.kind)[-1], samples, network_config, out, seed)
+    return load_stage(STAGES[network_config.kind][-1], samples, network_config, out, seed)
 
 
 def _run(stage: str, network: RankingModel, samples: Samples, config: TrainingConfig, folder: Path, device: Device, fingerprint: dict[str, Any]) -> StageResult:

@@ -18,15 +18,17 @@ from marketplace.synthetic import SyntheticConfig
 from marketplace.worlds import WorldConfig, build_world
 from model.ega_v1.network import NetworkConfig
 from model.ega_v2.allocation import allocate, page_values
-from model.ega_v2.beam import Pages
+from model.ega_v2.beam import Offers, Pages, search
 from model.ega_v2.config import SearchConfig, V2Config
 from model.ega_v2.data import PageData, places_of_page
 from model.ega_v2.model import AUDIENCE_WIDTH, audiences
 from model.ega_v2.payment import RULES, Audit, PaymentConfig, Shown, outcomes, prices, psi_of, regret_of, shown_pages
+from model.ega_v2.replay import city_scores, read_pages, replay_v2
 from model.ega_v2.stages import PretrainConfig, RewardConfig, RlafConfig, V2TrainingConfig, marginal_rewards
 from model.ega_v2.tokenizer import TokenizerError
 from model.ega_v2.training import audited
-from model.kinds import BENCH_STAGES
+from model.evaluation.replay import EvaluationConfig
+from model.kinds import STAGES
 from model.training.data import Samples
 from model.training.run import load_stage, train_stage
 from model.training.stages import TrainingConfig
@@ -60,7 +62,7 @@ def samples(tmp_path_factory) -> Samples:
 @pytest.fixture(scope="module")
 def stages(samples, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("stages")
-    for stage in BENCH_STAGES["ega_v2"]:
+    for stage in STAGES["ega_v2"]:
         train_stage(stage, samples.folder, MODEL, TRAINING, folder / "stages", folder / "checkpoints", seed=3)
     return folder / "stages"
 
@@ -222,6 +224,50 @@ def test_the_rival_of_a_place_is_read_in_that_place(data) -> None:
         best = max(best, float(worth({places[-1]: (proposed, beam, at)})[places[-1]]))
     assert best > 0 and float(shown.rival[0, places[-1]]) == pytest.approx(best, rel=1e-5)
     assert bool((shown.rival[0][page.ad[0, 0] < 0] == 0).all())
+
+
+def test_replay_measures_every_price_rule_and_reads_pages_as_they_are_shown(data) -> None:
+    """The pages of the frame, written out anew from ids, are read as the search read them; sums and regret fit together."""
+    samples, config = data.samples, EvaluationConfig(requests=6, calibration_requests=20, audited_requests=2, audited_losers=1, recall_at=10)
+    found = replay_v2(data.model, samples, config)
+    rows = np.sort(samples.split_rows(schema.TEST)[-6:])
+    mine = found.pages[found.pages["policy"] == "ega_v2/gsp"]
+    np.testing.assert_allclose(read_pages(data, rows, mine), mine["judged_pctr"], rtol=1e-5)
+    logged = found.pages[found.pages["policy"] == "logged"]
+    np.testing.assert_allclose(read_pages(data, rows, logged), logged["judged_pctr"], rtol=1e-5)
+    assert set(found.pages["policy"]) == {"logged", *(f"ega_v2/{rule}" for rule in RULES)}
+    for policy, pages in found.pages.groupby("policy"):
+        assert (pages["payment"] <= pages["bid"] * (1 + 1e-6)).all() and np.isfinite(pages["judged_pctr"]).all()
+        per_request = found.per_request[found.per_request["policy"] == policy]
+        assert len(per_request) == 6 and per_request["revenue"].sum() == pytest.approx((pages["judged_pctr"] * pages["payment"]).sum())
+    for rule in RULES:
+        assert {"psi_exact", "psi_loser", "psi_paper", "psi_exact_model", "psi_loser_model"} <= set(found.metrics["psi"][rule])
+    # Truthful utility is 0 at first prices, so nothing can be divided by it; the others leave something.
+    assert not np.isfinite(found.metrics["psi"]["first_price"]["psi_exact_model"]) and found.metrics["psi"]["gsp"]["psi_exact_model"] >= 0
+    assert 0 <= found.metrics["ranking"]["auc"] <= 1 and found.metrics["ranking"]["dev"] >= 0
+    assert found.plots["lie_bid"].shape == found.plots["lie_learned"].shape and len(found.plots["lie_ad"]) == len(set(found.plots["lie_ad"]))
+    truth = int(np.argmin(np.abs(found.plots["lie_bid"][0] - found.plots["lie_value"][0])))
+    assert found.plots["lie_gsp"][0, truth] == pytest.approx(0.0, abs=1e-6)  # the truth gains nothing over itself
+
+
+@torch.inference_mode()
+def test_scores_of_a_city_are_the_searchs_own_chances(data) -> None:
+    """Over the tuples of a city they sum to 1, and a search without bids for pages of one ad gives the same log chances."""
+    samples, rows, network = data.samples, np.sort(data.samples.split_rows(schema.TEST)[:3]), data.model.core
+    scores = city_scores(data, rows)
+    for mine, history, catalogue, offers, _ in data.groups(rows, 1):
+        city = data.city_offers(int(samples.day[mine[0]]), int(samples.city_code[mine[0]])).city.rows
+        plain = SearchConfig(beams=256, alpha=0.0)
+        ads_only = Offers(offers.bid, torch.ones_like(offers.active), offers.value, offers.organic[:, :0], offers.organic_creative[:, :0])
+        pages = search(network.decoder(history, plain.beams, 1), catalogue, ads_only, 1, plain)
+        for row, ads, log_z in zip(mine, pages.ad[:, :, 0].tolist(), pages.poi_log_z[:, :, 0].tolist(), strict=True):
+            score = scores[int(np.searchsorted(rows, row))]
+            codes = data.place_codes[torch.from_numpy(np.asarray(samples.ad_place_row)[city].astype(np.int64))].numpy()
+            _, first = np.unique(codes, axis=0, return_index=True)
+            assert np.exp(score[city[first]]).sum() == pytest.approx(1.0) and np.isinf(np.delete(score, city)).all()
+            found = {city[ad]: z for ad, z in zip(ads, log_z, strict=True) if ad >= 0}
+            assert len(found) == len(first)
+            np.testing.assert_allclose([score[ad] for ad in found], list(found.values()), rtol=1e-4)
 
 
 def test_sequences_are_what_users_chose(data) -> None:
