@@ -24,8 +24,7 @@ from pydantic.dataclasses import dataclass
 
 from features.build import DAY_US, microseconds, rows_before
 from features.encoding import Vocabulary, encode_ads, encode_requests
-from features.store import histories_as_of, open_store, profiles_as_of, read_snapshot
-from marketplace.creatives import best_creatives
+from features.store import histories_as_of, load_catalogue_days, open_store, profiles_as_of, read_snapshot
 from marketplace.logs import data_hash, has_table, read_table
 from marketplace.schema import (
     ACTION_PURCHASE,
@@ -564,7 +563,7 @@ def _read_pages(logs: Path, ads: _Ads, behaviours: pd.DataFrame) -> _Pages | Non
 
 
 def _write_pages(
-    folder: _Folder, pages: _Pages, ads: _Ads, requests: pd.DataFrame, impressions: pd.DataFrame, request: np.ndarray, behaviours: pd.DataFrame, calendar: list[date]
+    folder: _Folder, home: Path, pages: _Pages, ads: _Ads, requests: pd.DataFrame, impressions: pd.DataFrame, request: np.ndarray, behaviours: pd.DataFrame, calendar: list[date]
 ) -> None:
     """PAGE_ARRAYS but for the behaviours of histories."""
     folder["place_id"], folder["place_category"] = pages.place_ids, pages.places["category_id"].to_numpy()
@@ -573,7 +572,13 @@ def _write_pages(
     creative_ad = np.searchsorted(ads.ids, pages.creatives["ad_id"].to_numpy())
     folder["creative_id"], folder["creative_ad"] = pages.creatives["creative_id"].to_numpy(), creative_ad
     folder["creative_embedding"] = np.stack(pages.creatives["embedding"].to_list())
-    folder["shown_creative"] = best_creatives(*_creative_counts(pages, impressions, calendar), creative_ad, len(ads.table))
+    known = load_catalogue_days(home)
+    known = known[known["event_timestamp"].dt.date.isin(calendar)]
+    at = _day_rows(known, calendar), _row_of(ads.ids, known["ad_id"].to_numpy(), "ad")
+    folder.arrays["shown_creative"][...] = -1
+    folder.arrays["shown_creative"][at] = pages.creative_rows(known["shown_creative_id"].to_numpy())
+    for name in ("impressions", "clicks"):
+        folder.arrays[f"ad_{name}"][at] = known[name].to_numpy()
     rows, slots = folder.arrays["exposed_creative"].shape
     slot = impressions["slot"].to_numpy() - 1
     shown = np.full((rows, slots), -1, np.int32)
@@ -599,18 +604,6 @@ def _write_pages(
 def _index_of_requests(requests: pd.DataFrame, ids: np.ndarray) -> np.ndarray:
     by_id = np.argsort(requests["request_id"].to_numpy())
     return by_id[_row_of(requests["request_id"].to_numpy()[by_id], ids, "request")]
-
-
-def _creative_counts(pages: _Pages, impressions: pd.DataFrame, calendar: list[date]) -> tuple[np.ndarray, np.ndarray]:
-    """Impressions and clicks of every creative before each day, [T, G] each."""
-    day = _day_rows(impressions, calendar)
-    row, click = pages.creative_rows(impressions["creative_id"].to_numpy()), impressions["click"].to_numpy()
-    counts = np.zeros((2, len(calendar) + 1, len(pages.creatives)))
-    known = row >= 0
-    np.add.at(counts[0], (day[known] + 1, row[known]), 1)
-    np.add.at(counts[1], (day[known] + 1, row[known]), click[known])
-    shown, clicks = counts.cumsum(axis=1)[:, :-1]
-    return shown, clicks
 
 
 def sample_requests(logs: Path, home: Path, out: Path, config: SamplingConfig, seed: int, progress: Callable[[str], None] | None = None) -> SampleInfo:
@@ -653,7 +646,7 @@ def sample_requests(logs: Path, home: Path, out: Path, config: SamplingConfig, s
     exposed = _write_exposed(folder, impressions, shown_request, shown_ad, slots)
     folder["target"] = _padded(chosen.request, chosen.ad, len(requests), config.targets, -1, "int32")
     if pages is not None:
-        _write_pages(folder, pages, ads, requests, impressions, shown_request, behaviours, calendar)
+        _write_pages(folder, home, pages, ads, requests, impressions, shown_request, behaviours, calendar)
 
     say("drawing candidates")
     visits = behaviours.loc[behaviours["event_timestamp"] < pd.Timestamp(until, tz="UTC"), "poi_id"].value_counts()

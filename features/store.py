@@ -311,12 +311,17 @@ def _read_source(home: Path, view: str, remedy: str) -> pa.Table:
     return pq.read_table(path, page_checksum_verification=True)
 
 
-def load_catalogue(home: Path) -> pd.DataFrame:
-    """The current ads, by ad_id: the newest day of the `ad_catalog` view with impressions and clicks counted up to its start."""
-    table = _read_source(home, "ad_catalog", "build the features first")
-    frame = table.to_pandas()
+def load_catalogue_days(home: Path) -> pd.DataFrame:
+    """The `ad_catalog` view: every ad and day with impressions and clicks counted up to its start, and the day that follows the logs."""
+    frame = _read_source(home, "ad_catalog", "build the features first").to_pandas()
     if "shown_creative_id" not in frame:
         raise ValueError(f"{source_path(home, 'ad_catalog')} was written by an earlier release (no column shown_creative_id); build the features again (`ega run`)")
+    return frame
+
+
+def load_catalogue(home: Path) -> pd.DataFrame:
+    """The current ads, by ad_id: the newest day of the `ad_catalog` view."""
+    frame = load_catalogue_days(home)
     current = frame[frame["event_timestamp"] == frame["event_timestamp"].max()]
     return current.drop(columns="created").sort_values("ad_id", ignore_index=True)
 

@@ -355,6 +355,8 @@ PAGE_ARRAYS = (
     SampleArray("creative_ad", "int32", "G", "row of its ad"),
     SampleArray("creative_embedding", "float32", "G E", "image and text"),
     SampleArray("shown_creative", "int32", "T A", "row of the creative that a selector of its own would show that day; -1 none"),
+    SampleArray("ad_impressions", "int32", "T A", "times the ad was shown before that day, as the catalogue of the day says; 0 where it is not active"),
+    SampleArray("ad_clicks", "int32", "T A", "times it was clicked before that day"),
     SampleArray("exposed_creative", "int32", "R K", "row of the creative shown; -1 padding"),
     SampleArray("creative_click", "int8", "R K", "label: the creative was opened"),
     SampleArray("above", "int8", "R K", "organic items above each exposed ad; those of a page without organic items are 0"),

@@ -114,8 +114,12 @@ class SimulatedUsers(Protocol):
         """REQUESTS columns, in time order."""
         ...
 
-    def respond(self, request_row: Any, page_ad_ids: Any) -> Any:
-        """click, click_delay_seconds, purchase, purchase_delay_seconds, order_value, each [K']."""
+    def organic_items(self, request_ids: Any) -> pd.DataFrame:
+        """poi_id, category_id, latitude, longitude of the organic results of requests, in their order; empty where pages hold ads alone."""
+        ...
+
+    def respond(self, request_row: Any, page_ad_ids: Any, creative_ids: Any = None, above: Any = None) -> Any:
+        """click, click_delay_seconds, purchase, purchase_delay_seconds, order_value, each [K']; `above`: organic results above each ad."""
         ...
 
 
@@ -210,8 +214,9 @@ class Client:
         return None, milliseconds, ATTEMPTS - 1, message
 
 
-def _rank_body(row: Any) -> dict[str, Any]:
-    return {
+def _rank_body(row: Any, organic: pd.DataFrame) -> dict[str, Any]:
+    items = organic[["poi_id", "category_id", "latitude", "longitude"]].to_dict("records")
+    return ({"organic": items} if items else {}) | {
         "user_id": int(row.user_id),
         "city_id": int(row.city_id),
         "latitude": float(row.latitude),
@@ -341,7 +346,8 @@ def _send(events: list[dict[str, Any]], url: str, scene: _Scene, tally: _Tally) 
 
 def _visit(row: Any, scene: _Scene, tally: _Tally) -> None:
     """One page view: ask, look, answer."""
-    body, url = _rank_body(row), scene.address(int(row.user_id))
+    organic = scene.world.organic_items([int(row.request_id)])
+    body, url = _rank_body(row, organic), scene.address(int(row.user_id))
     page, milliseconds, retries, message = scene.client.post("/v1/rank", body, url)
     tally.retries += retries
     if page is None:
@@ -355,8 +361,8 @@ def _visit(row: Any, scene: _Scene, tally: _Tally) -> None:
         _shadow(row, body, page, milliseconds, scene, tally)
     if not ads:
         return
-    shown, creatives = (np.array([ad[name] for ad in ads], np.int64) for name in ("ad_id", "creative_id"))
-    response = _habits(scene.world.respond(row, shown, creatives), row, page, scene)
+    shown, creatives, above = (np.array([ad[name] for ad in ads], np.int64) for name in ("ad_id", "creative_id", "above"))
+    response = _habits(scene.world.respond(row, shown, creatives, above if len(organic) else None), row, page, scene)
     if events := _deliver(_events_of(row, page, response), row, scene, tally):
         _send(events, url, scene, tally)
 

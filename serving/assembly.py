@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pandas as pd
 
-from features.store import UserFeatures, check_store, load_catalogue, open_store, push_behaviours, read_snapshot, read_user, source_path
+from features.store import UserFeatures, check_store, load_catalogue, load_creatives, open_store, push_behaviours, read_snapshot, read_user, source_path
 from model.bundle import signing_key
-from serving.catalogue import Feed, split_by_city
+from serving.catalogue import CityAds, Feed, split_by_city
 from serving.event_log import EventLog
 from serving.live import LiveModels
 from serving.pacing import read_budgets
-from serving.policies import Bootstrap, Model, Policy
+from serving.policies import Bootstrap, Policy, load_model
 from serving.pushes import Pusher
 from serving.ranking import Ranking
 from serving.settings import ServingConfig
@@ -58,17 +58,17 @@ def assemble(config: ServingConfig) -> Assembled:
     bootstrap = Bootstrap(config.bootstrap_epsilon, config.seed, config.currency_step)
     budgets = read_budgets(config.budgets) if config.budgets else {}
     if not any(arm.policy == "model" for arm in config.arms):
-        cities = split_by_city(load_catalogue(config.home))
+        cities = load_cities(config.home)
         log = EventLog(config.event_log, config.events_synchronous, budgets)
         ranking = Ranking(config, cities, {"bootstrap": bootstrap}, UserReader(lambda user_id: None, 1.0), log)
         return Assembled(ranking, None, catalogue_feed(config, ranking))
     key = signing_key(config.key_home)
     length = int(read_snapshot(config.home)["behaviours"])
-    cities = split_by_city(load_catalogue(config.home))
+    cities = load_cities(config.home)
 
-    def load(entry: Approved) -> Model:
+    def load(entry: Approved) -> Policy:
         default = entry.price_mode if config.price_mode == "auto" else config.price_mode
-        return Model(entry.folder, key, default, entry.price_mode == "learned", length, config.torch_threads, config.currency_step, config.quality_floor, config.device, config.dtype)
+        return load_model(entry.folder, key, default, entry.price_mode == "learned", length, config.torch_threads, config.currency_step, config.quality_floor, config.device, config.dtype)
 
     by_version: dict[str, Policy] = {}
     loaded: dict[str, Policy] = {}
@@ -83,9 +83,14 @@ def assemble(config: ServingConfig) -> Assembled:
     return Assembled(ranking, LiveModels(config, key, ranking, load, loaded), catalogue_feed(config, ranking))
 
 
+def load_cities(home: Path) -> dict[int, CityAds]:
+    """Snapshots of the home's catalogue with the creatives of its ads."""
+    return split_by_city(load_catalogue(home), load_creatives(home))
+
+
 def catalogue_feed(config: ServingConfig, ranking: Ranking) -> Feed:
     """What renews the snapshots of a Ranking when the `ad_catalog` view changes; not started yet."""
-    return Feed(source_path(config.home, "ad_catalog"), lambda: load_catalogue(config.home), ranking.renew, config.catalogue_seconds)
+    return Feed(source_path(config.home, "ad_catalog"), lambda: load_cities(config.home), ranking.renew, config.catalogue_seconds)
 
 
 class _Store:

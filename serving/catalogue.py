@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +39,17 @@ class CityAds:
     clicks: np.ndarray
     frame: pd.DataFrame
     """The catalogue rows in the same order, for encoders."""
+    creatives: pd.DataFrame | None
+    """Creatives of all cities ascending by creative_id (ad_id, embedding); None where every ad has the one of the catalogue."""
     version: str
     """First 12 hex digits of a sha256 over ids, places, bids, reserves and counts: names the snapshot in receipts."""
     members: str
     """The same over ids, places and what else a model reads of the ads: two snapshots with equal members differ in bids and counts alone."""
+
+    @cached_property
+    def owners(self) -> dict[int, int]:
+        """ad_id of every creative."""
+        return {} if self.creatives is None else dict(zip(self.creatives["creative_id"].tolist(), self.creatives["ad_id"].tolist(), strict=True))
 
     def rows_of(self, ids: list[int], field: str) -> np.ndarray:
         """Rows of the ads; raises Refusal (422) naming the first id that is not an active ad of this city."""
@@ -55,8 +63,9 @@ class CityAds:
         return rows
 
 
-def split_by_city(catalogue: pd.DataFrame) -> dict[int, CityAds]:
-    """Snapshots by city_id. `catalogue`: one row an active ad, with the ADS columns plus `impressions`, `clicks` and `shown_creative_id`.
+def split_by_city(catalogue: pd.DataFrame, creatives: pd.DataFrame | None = None) -> dict[int, CityAds]:
+    """Snapshots by city_id. `catalogue`: one row an active ad, with the ADS columns plus `impressions`, `clicks` and `shown_creative_id`;
+    `creatives`: as `features.store.load_creatives` gives them.
 
     Raises ValueError where an ad is named twice or a bid or reserve is not a finite price.
     """
@@ -69,17 +78,20 @@ def split_by_city(catalogue: pd.DataFrame) -> dict[int, CityAds]:
         row = catalogue[bad].iloc[0]
         raise ValueError(f"catalogue: ad {row['ad_id']} has bid {row['bid']} and reserve {row['reserve']}; a bid must be finite and > 0, a reserve finite and >= 0")
     ordered = catalogue.sort_values("ad_id", kind="stable")
-    return {int(city): _snapshot(int(city), frame.reset_index(drop=True)) for city, frame in ordered.groupby("city_id", sort=True)}
+    return {int(city): _snapshot(int(city), frame.reset_index(drop=True), creatives) for city, frame in ordered.groupby("city_id", sort=True)}
 
 
-def _snapshot(city: int, frame: pd.DataFrame) -> CityAds:
+def _snapshot(city: int, frame: pd.DataFrame, creatives: pd.DataFrame | None) -> CityAds:
     columns = {name: frame[name].to_numpy(np.int64) for name in _INTEGERS} | {"creative_id": frame["shown_creative_id"].to_numpy(np.int64)} | {name: frame[name].to_numpy(np.float64) for name in _REALS}
     names = [name for name in sorted(frame.columns) if (name.endswith("_id") and name != "shown_creative_id") or name == "price_band"]
     read = [columns[name] for name in ("ad_id", "latitude", "longitude")] + [frame[name].to_numpy() for name in names]
-    version, members = _digest(columns[name] for name in _REALS + _INTEGERS), _digest(read)
+    if creatives is not None:
+        read += [creatives["creative_id"].to_numpy(), creatives["ad_id"].to_numpy(), np.stack(creatives["embedding"].to_list())]
+    members = _digest(read)
+    version = _digest([*(columns[name] for name in _REALS + _INTEGERS), *(() if creatives is None else (np.frombuffer(members.encode(), np.uint8),))])
     for column in columns.values():
         column.setflags(write=False)
-    return CityAds(city_id=city, frame=frame, version=version, members=members, **columns)
+    return CityAds(city_id=city, frame=frame, creatives=creatives, version=version, members=members, **columns)
 
 
 def _digest(arrays: Iterable[np.ndarray]) -> str:
@@ -95,8 +107,8 @@ class Feed:
     A file that cannot be read, or a snapshot that is refused, leaves the ads as they are; it is tried again when the file changes once more.
     """
 
-    def __init__(self, path: Path, load: Callable[[], pd.DataFrame], renew: Callable[[dict[int, CityAds]], None], seconds: float) -> None:
-        """`load` reads the catalogue of `path`; `renew` takes the snapshots by city; `seconds` between two looks."""
+    def __init__(self, path: Path, load: Callable[[], dict[int, CityAds]], renew: Callable[[dict[int, CityAds]], None], seconds: float) -> None:
+        """`load` reads the catalogue of `path` into snapshots by city; `renew` takes them; `seconds` between two looks."""
         self._path, self._load, self._renew, self._seconds = path, load, renew, seconds
         self._seen: tuple[int, ...] | None = None  # the first look reads the file: it may have changed while the service started
         self._closed = threading.Event()
@@ -125,7 +137,7 @@ class Feed:
                 continue
             self._seen = stamp
             try:
-                self._renew(split_by_city(self._load()))
+                self._renew(self._load())
             except Exception:
                 logger.exception("the changed catalogue %s is not taken over; ads and bids stay as they were", self._path)
 

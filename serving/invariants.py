@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from auction.invariants import PAGE_LAWS as AUCTION_PAGE_LAWS
 from auction.invariants import broken_law, is_truthful
 from auction.receipt import charge
 
-PAGE_LAWS = AUCTION_PAGE_LAWS | {"propensity"}
+PAGE_LAWS = AUCTION_PAGE_LAWS | {"propensity", "creative", "layout"}
 """Laws about who is shown: breaking one discards the page. The others discard the prices only."""
 
 
@@ -31,6 +31,10 @@ class PricedPage:
     price_mode: str
     basis: list[dict[str, Any]] = field(default_factory=list)
     """What each price rests on, JSON-able, for the receipts (auction.receipt)."""
+    creative_id: np.ndarray | None = None
+    """What is shown of each ad; None: the creative of the catalogue."""
+    above: np.ndarray | None = None
+    """Organic items above each ad; None: ads and organic items alternate, an ad first."""
 
 
 def broken_invariant(page: PricedPage, bids: np.ndarray, reserves: np.ndarray, eligible: np.ndarray, slots: int, offered: np.ndarray | None = None) -> str | None:
@@ -52,10 +56,27 @@ def broken_invariant(page: PricedPage, bids: np.ndarray, reserves: np.ndarray, e
     return None
 
 
+def broken_layout(page: PricedPage, ad_id: np.ndarray, creatives: dict[int, int], organic: int) -> str | None:
+    """"creative" or "layout" where a page that chose them breaks their law, or None: each creative belongs to its ad, and no ad stands above the one before it.
+
+    Args: ad_id [A] of the city, creatives: owner of every creative, organic: items on the page.
+    """
+    if page.creative_id is not None and (
+        page.creative_id.shape != page.rows.shape or any(creatives.get(int(one)) != int(ad_id[row]) for one, row in zip(page.creative_id, page.rows, strict=True))
+    ):
+        return "creative"
+    if page.above is not None and (
+        page.above.shape != page.rows.shape or (len(page.above) and (page.above.min() < 0 or page.above.max() > organic or (np.diff(page.above) < 0).any()))
+    ):
+        return "layout"
+    return None
+
+
 def gsp_of_page(page: PricedPage, bids: np.ndarray, reserves: np.ndarray, currency_step: float) -> PricedPage:
     """The same page at GSP prices: next slot's pctr x bid over the own pctr, within [reserve, bid]; below the last slot nobody competes."""
     next_score = np.append((page.pctr * bids[page.rows])[1:], 0.0)[: len(page.rows)]
-    return gsp_page(page.rows, page.pctr, next_score, np.full(len(page.rows), np.nan), page.propensity, bids, reserves, currency_step)
+    found = gsp_page(page.rows, page.pctr, next_score, np.full(len(page.rows), np.nan), page.propensity, bids, reserves, currency_step)
+    return replace(found, creative_id=page.creative_id, above=page.above)
 
 
 def gsp_page(

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import pyarrow as pa
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, field_validator
 
-from marketplace.schema import ADS, IMPRESSIONS, REQUESTS, Column
+from marketplace.schema import ADS, IMPRESSIONS, ORGANIC, REQUESTS, Column
 from serving.settings import PriceMode
 
 MOST_IDS = 200_000
@@ -54,6 +54,9 @@ CreativeId = _of(IMPRESSIONS["creative_id"])
 Payment = _of(IMPRESSIONS["payment"])
 Probability = _of(IMPRESSIONS["pctr"])
 OrderValue = _of(IMPRESSIONS["order_value"])
+PoiId = _of(ORGANIC["poi_id"])
+CategoryId = _of(ORGANIC["category_id"])
+MOST_ORGANIC = int(ORGANIC["rank"].maximum or 0)
 
 Moment = AwareDatetime | Annotated[float, Field(allow_inf_nan=False, description="seconds since 1970 UTC")]
 
@@ -89,6 +92,16 @@ class BidOverride(BaseModel):
     bid: Bid
 
 
+class OrganicItem(BaseModel):
+    """An organic result of the page that asks for ads."""
+
+    model_config = _STRICT
+    poi_id: PoiId
+    category_id: CategoryId
+    latitude: Latitude
+    longitude: Longitude
+
+
 class RankRequest(BaseModel):
     """A page view that asks for ads."""
 
@@ -106,6 +119,9 @@ class RankRequest(BaseModel):
     exclude: Annotated[list[AdId], Field(fail_fast=True, max_length=MOST_IDS)] = Field(default=[], description="Ads that must not be shown.")
     candidates: Annotated[list[AdId], Field(fail_fast=True, min_length=1, max_length=MOST_IDS)] | None = Field(None, description="Only these ads may be shown; default all of the city.")
     price_mode: PriceMode | None = Field(None, description="Price rule of the model arm for this request; default from the settings.")
+    organic: Annotated[list[OrganicItem], Field(fail_fast=True, max_length=MOST_ORGANIC)] = Field(default=[], description="Organic results of the page in the order that must be kept; the answer says where ads stand among them.")
+    alpha: Annotated[float, Field(allow_inf_nan=False, ge=0)] | None = Field(None, description="Exponent of bids in the page search, within the limits of the settings; default the model's. Read by EGA (V2) alone.")
+    beta: Annotated[float, Field(allow_inf_nan=False, gt=0)] | None = Field(None, description="Weight of what bids nothing in the page search, within the limits of the settings; default the model's. Read by EGA (V2) alone.")
 
     @field_validator("timestamp")
     @classmethod
@@ -117,6 +133,12 @@ class RankRequest(BaseModel):
     def _bids_once(cls, bids: list[BidOverride]) -> list[BidOverride]:
         _once([bid.ad_id for bid in bids], "ad_id")
         return bids
+
+    @field_validator("organic")
+    @classmethod
+    def _organic_once(cls, items: list[OrganicItem]) -> list[OrganicItem]:
+        _once([item.poi_id for item in items], "poi_id")
+        return items
 
     @field_validator("exclude", "candidates")
     @classmethod
@@ -134,6 +156,7 @@ class RankedAd(BaseModel):
     price: Payment = Field(description="Charged for a click on this ad; at most the bid.")
     pctr: Probability
     bid: Bid
+    above: int = Field(ge=0, description="Organic results above this ad; 0 where the request named none.")
 
 
 class RankResponse(BaseModel):

@@ -22,10 +22,10 @@ from serving.assignment import assign_arm
 from serving.catalogue import CityAds
 from serving.errors import Refusal
 from serving.event_log import DuplicateRequest, EventLog, EventRecord, PageRecord, StoredAnswer
-from serving.invariants import PAGE_LAWS, PricedPage, broken_invariant, gsp_of_page
+from serving.invariants import PAGE_LAWS, PricedPage, broken_invariant, broken_layout, gsp_of_page
 from serving.messages import EventsRequest, EventsResponse, RankedAd, RankRequest, RankResponse, RejectedEvent
 from serving.pacing import Pacer
-from serving.policies import Bootstrap, Policy, Query
+from serving.policies import Bootstrap, Organic, Policy, Query
 from serving.pushes import Pusher
 from serving.settings import ServingConfig
 from serving.users import UserReader
@@ -131,7 +131,7 @@ class Ranking:
             longitude=float(ads.longitude[0]), user=None, bids=ads.bid, reserves=ads.reserve, eligible=eligible, slots=slots, price_mode=None,
         )  # fmt: skip
         first, second = policy.rank(ads, query), policy.rank(ads, query)
-        broken = broken_invariant(first, ads.bid, ads.reserve, eligible, slots)
+        broken = broken_invariant(first, ads.bid, ads.reserve, eligible, slots) or broken_layout(first, ads.ad_id, ads.owners, 0)
         if broken or not np.array_equal(first.rows, second.rows) or not np.array_equal(first.price, second.price):
             raise RuntimeError(f"golden request: {policy.version} in city {ads.city_id}: {broken or 'not deterministic'}")
 
@@ -212,6 +212,10 @@ class Ranking:
         for field in ("candidates", "exclude", "bids"):
             if len(getattr(request, field) or ()) > self._config.max_candidates:
                 raise Refusal(422, "too_many_ids", f"{field} may hold at most {self._config.max_candidates} ids", field)
+        for field in ("alpha", "beta"):
+            value, (least, most) = getattr(request, field), getattr(self._config, f"{field}_limits")
+            if value is not None and not least <= value <= most:
+                raise Refusal(422, "out_of_limits", f"{field} may be {least:g} to {most:g} here, got {value:g}", field)
 
     def _answer(self, request: RankRequest, request_id: int, identity: str, started: float) -> PageRecord:
         received = self._clock()
@@ -232,6 +236,7 @@ class Ranking:
             request_id=request_id, user_id=request.user_id, time=time, utc_offset_minutes=request.utc_offset_minutes,
             latitude=request.latitude, longitude=request.longitude, user=user, bids=bids, reserves=ads.reserve, eligible=eligible,
             slots=request.slots or self._config.default_slots, price_mode=request.price_mode, offered=offered,
+            organic=Organic.of([item.model_dump() for item in request.organic]), alpha=request.alpha, beta=request.beta,
         )  # fmt: skip
         with _stage("rank"):
             page, replaced = self._lawful_page(policy, ads, query)
@@ -265,7 +270,7 @@ class Ranking:
         """The policy's page if it keeps every law; else its page at GSP prices, else the bootstrap page; and what was replaced."""
         try:
             page = policy.rank(ads, query)
-            broken = broken_invariant(page, query.bids, query.reserves, query.eligible, query.slots, query.offered)
+            broken = broken_invariant(page, query.bids, query.reserves, query.eligible, query.slots, query.offered) or broken_layout(page, ads.ad_id, ads.owners, len(query.organic))
         except Refusal:
             raise
         except Exception:
@@ -334,9 +339,11 @@ def _record(
 ) -> PageRecord:
     rows = page.rows
     offered = query.bids if query.offered is None else query.offered
+    creative = ads.creative_id[rows] if page.creative_id is None else page.creative_id
+    above = np.minimum(np.arange(len(rows)), len(query.organic)) if page.above is None else page.above
     shown = [
-        RankedAd(slot=slot, ad_id=int(ads.ad_id[row]), creative_id=int(ads.creative_id[row]), price=float(price), pctr=float(pctr), bid=float(offered[row]))
-        for slot, (row, price, pctr) in enumerate(zip(rows, page.price, page.pctr, strict=True), start=1)
+        RankedAd(slot=slot, ad_id=int(ads.ad_id[row]), creative_id=int(image), price=float(price), pctr=float(pctr), bid=float(offered[row]), above=int(before))
+        for slot, (row, image, price, pctr, before) in enumerate(zip(rows, creative, page.price, page.pctr, above, strict=True), start=1)
     ]
     answer = RankResponse(
         request_id=query.request_id, model_version=version, arm=arm, city_id=ads.city_id, price_mode=page.price_mode, ads=shown, degraded=degraded
@@ -345,7 +352,7 @@ def _record(
         request_id=query.request_id, body_sha256=identity, time=query.time, received=received, user_id=query.user_id, session_id=request.session_id,
         city_id=ads.city_id, latitude=query.latitude, longitude=query.longitude, utc_offset_minutes=query.utc_offset_minutes, slots=query.slots,
         arm=arm, model_version=version, price_mode=page.price_mode, degraded=tuple(degraded), latency_ms=(time.perf_counter() - started) * 1e3,
-        answer=answer.model_dump(mode="json"), ad_id=ads.ad_id[rows], creative_id=ads.creative_id[rows], poi_id=ads.poi_id[rows],
+        answer=answer.model_dump(mode="json"), ad_id=ads.ad_id[rows], creative_id=creative, poi_id=ads.poi_id[rows],
         category_id=ads.category_id[rows], ad_latitude=ads.latitude[rows], ad_longitude=ads.longitude[rows], bid=offered[rows],
         payment=page.price, pctr=page.pctr, propensity=page.propensity, receipts=_receipts(query, offered, ads, page, version),
     )  # fmt: skip

@@ -73,9 +73,13 @@ class ServingConfig:
     salt: str = "ega"
     """Experiment salt of the assignment hash; a new salt reshuffles the users."""
     price_mode: PriceMode | Literal["auto"] = "auto"
-    """Price rule of the model arm; 'auto': 'learned' if the payment network passed its gate, else 'critical'."""
+    """Price rule of the model arm; 'auto': what the gates chose, 'learned' if the payment network passed its own, else 'critical' (EGA (V2): 'gsp')."""
     quality_floor: float = 0.0
     """Least set-aware pCTR, in [0, 1), with which the model arm shows an ad; a filter on predicted clicks, never on bids."""
+    alpha_limits: tuple[float, float] = (0.0, 2.0)
+    """Least and greatest `alpha` that a request may ask of EGA (V2): the exponent of bids in its search."""
+    beta_limits: tuple[float, float] = (0.1, 10.0)
+    """The same of `beta`, the weight of what bids nothing."""
     budgets: Path | None = None
     """CSV file (ad_id, daily_budget in currency); ads not in it have no budget. Read once at start."""
     pacing_interval_seconds: float = 60.0
@@ -187,6 +191,10 @@ class ServingConfig:
             raise ValueError(f"currency_step must be finite and >= 0, got {self.currency_step}")
         if not 0.0 <= self.quality_floor < 1.0:
             raise ValueError(f"quality_floor must be in [0, 1), got {self.quality_floor}")
+        for name, floor in (("alpha_limits", 0.0), ("beta_limits", 1e-6)):
+            low, high = getattr(self, name)
+            if not floor <= low <= high < float("inf"):
+                raise ValueError(f"{name} must be finite, ascending and at least {floor:g}, got {low} to {high}")
         if not 0.0 <= self.bootstrap_epsilon < 1.0:
             raise ValueError(f"bootstrap_epsilon must be in [0, 1), got {self.bootstrap_epsilon}")
         return self

@@ -24,8 +24,8 @@ from model.ega_v2.network import NONE, History, PageItems
 from model.ega_v2.stages import Sequences
 from model.training.data import City, Samples
 
-_COLUMNS = [index for name in BEHAVIOUR_FIELDS for index, field in enumerate(schema.BEHAVIOUR_FIELDS) if field.name == name]
-_HOUR = next(index for index, field in enumerate(schema.BEHAVIOUR_FIELDS) if field.name == "hour_distance")
+BEHAVIOUR_COLUMNS = [index for name in BEHAVIOUR_FIELDS for index, field in enumerate(schema.BEHAVIOUR_FIELDS) if field.name == name]
+HOUR_COLUMN = next(index for index, field in enumerate(schema.BEHAVIOUR_FIELDS) if field.name == "hour_distance")
 
 
 @dataclass(frozen=True)
@@ -66,24 +66,11 @@ class PageData:
         self._offers: dict[tuple[int, int], CityOffers] = {}
 
     @cached_property
-    def counts(self) -> tuple[np.ndarray, np.ndarray]:
-        """Impressions and clicks of every ad before each day, [T, A] each; what the catalogue of that day says."""
-        samples = self.samples
-        days, ads = samples.bid.shape
-        candidate = np.asarray(samples.candidate[:, : samples.slots])
-        shown = candidate >= 0
-        day = np.broadcast_to(np.asarray(samples.day)[:, None], candidate.shape)[shown] + 1
-        result = []
-        for weight in (np.ones(candidate.shape), np.asarray(samples.click[:, : samples.slots])):
-            cell = np.bincount(day * ads + candidate[shown], weight[shown], (days + 1) * ads)
-            result.append(cell.reshape(days + 1, ads)[:days].cumsum(0))
-        return result[0], result[1]
-
-    @cached_property
     def log_odds(self) -> np.ndarray:
         """[T, A] of each day's active ads: log odds of the smoothed click rate over those of all active ads of the city; 0 for ads that are not active."""
-        samples, (shown, clicks) = self.samples, self.counts
-        result, city = np.zeros(shown.shape), np.asarray(samples.ad_city)
+        samples = self.samples
+        shown, clicks, city = np.asarray(samples.ad_impressions), np.asarray(samples.ad_clicks), np.asarray(samples.ad_city)
+        result = np.zeros(shown.shape)
         active = np.isfinite(np.asarray(samples.bid))
         for day, ads in enumerate(active):
             for one in np.unique(city):
@@ -95,7 +82,7 @@ class PageData:
         """Histories of requests, newest last."""
         samples = self.samples
         place, creative = (torch.from_numpy(np.array(values[rows][:, ::-1])).long() for values in (samples.behaviour_place, samples.behaviour_creative))
-        fields = samples.behaviour_inputs(rows)[:, : place.shape[1]].flip(1)[..., _COLUMNS]
+        fields = samples.behaviour_inputs(rows)[:, : place.shape[1]].flip(1)[..., BEHAVIOUR_COLUMNS]
         return History(
             torch.where(place.unsqueeze(-1) >= 0, self.place_codes[place.clamp(min=0)], NONE),
             torch.where(creative.unsqueeze(-1) >= 0, self.creative_codes[creative.clamp(min=0)], NONE),
@@ -169,7 +156,7 @@ class PageData:
         behaviour, category, day = np.asarray(samples.behaviour_place[rows]), np.asarray(samples.place_category), np.asarray(samples.day[rows])[:, None]
         return torch.from_numpy(inputs.item_features(
             np.asarray(samples.request_place[rows], np.float64), place, category[at], np.asarray(samples.place_position)[at], behaviour, category[np.maximum(behaviour, 0)],
-            np.asarray(samples.behaviours[rows][:, :, _HOUR]) - schema.FIRST_CODE, self.log_odds[day, ad], self.counts[0][day, ad], ad_row >= 0,
+            np.asarray(samples.behaviours[rows][:, :, HOUR_COLUMN]) - schema.FIRST_CODE, self.log_odds[day, ad], np.asarray(samples.ad_impressions)[day, ad], ad_row >= 0,
         ))  # fmt: skip
 
     def creative_features(self, rows: np.ndarray, creative: np.ndarray) -> Tensor:
@@ -189,7 +176,7 @@ class PageData:
             mine = np.flatnonzero(owner >= 0)
             catalogue = Catalogue(
                 self.place_codes[torch.from_numpy(np.asarray(samples.ad_place_row)[found.rows]).long()].numpy(), self.model.tokens.poi_codes, owner[mine],
-                self.creative_codes[torch.from_numpy(mine)].numpy(), self.model.tokens.creative_codes, _ranks(tie_keys(np.asarray(samples.ad_id)[found.rows])),
+                self.creative_codes[torch.from_numpy(mine)].numpy(), self.model.tokens.creative_codes, ranks(tie_keys(np.asarray(samples.ad_id)[found.rows])),
             )  # fmt: skip
             self._offers[key] = CityOffers(found, catalogue, mine, owner[mine])
         return self._offers[key]
@@ -273,7 +260,7 @@ def _distinct_first(place: np.ndarray, creative: np.ndarray, width: int) -> tupl
     return np.where(kept, np.take_along_axis(place, order, 1), -1), np.where(kept, np.take_along_axis(creative, order, 1), -1)
 
 
-def _ranks(keys: np.ndarray) -> np.ndarray:
+def ranks(keys: np.ndarray) -> np.ndarray:
     """Ranks of distinct keys: what a trie orders the items of one tuple by."""
     ranks = np.empty(len(keys), np.int64)
     ranks[np.argsort(keys, kind="stable")] = np.arange(len(keys))

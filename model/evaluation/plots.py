@@ -82,8 +82,10 @@ def _axes(width: float = 6.4, height: float = 3.6) -> tuple[Any, Any]:
 
 
 def curve_svg(result: dict[str, Any]) -> str:
-    """Training loss and validation score of a stage over its steps; the kept step is marked."""
+    """Training loss and validation score of a stage over its steps, the kept step marked; of a stage that is fitted at once what it measured."""
     history = result["history"]
+    if "loss" not in history[0]:
+        return table(("measure", "value"), [(name.replace("_", " "), value) for name, value in history[0].items() if name not in ("step", "score")])
     figure, left = _axes()
     trained = [entry for entry in history if entry["loss"] is not None]
     left.plot([e["step"] for e in trained], [e["loss"] for e in trained], color="#2f6db5", marker="o", ms=3, label="training loss")

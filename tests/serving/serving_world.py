@@ -122,12 +122,12 @@ def vocabulary_of(ads: pd.DataFrame) -> dict:
 
 def model_ranking(home: Path, user_of: object = None, budgets: dict[int, float] | None = None, **settings: object) -> Ranking:
     """A warm Ranking with a tiny untrained model, without a feature store: users come from `user_of` (default: all unknown)."""
-    from serving.policies import Model
+    from serving.policies import load_model
 
     tiny_bundle(home / "bundle", vocabulary=vocabulary_of(catalogue()))
     config = ServingConfig(home=home, arms=(Arm(name="ega", policy="model"),), events_synchronous="normal", **settings)  # type: ignore[arg-type]
     floor = config.quality_floor
-    model = Model(home / "bundle", KEY, "critical", learned_allowed=True, behaviours=16, threads=1, currency_step=config.currency_step, quality_floor=floor)
+    model = load_model(home / "bundle", KEY, "critical", learned_allowed=True, behaviours=16, threads=1, currency_step=config.currency_step, quality_floor=floor)
     users = UserReader(user_of or (lambda user_id: None), 5.0)  # type: ignore[arg-type, return-value]
     ranking = Ranking(config, split_by_city(catalogue()), {"model": model}, users, EventLog(config.event_log, "normal", budgets), clock=lambda: NOW)
     ranking.warm_up()

@@ -19,7 +19,7 @@ from serving.assembly import catalogue_feed
 from serving.catalogue import split_by_city
 from serving.errors import Refusal
 from serving.messages import RankRequest
-from serving.policies import Model, Query
+from serving.policies import Query, load_model
 from serving.ranking import Ranking
 from serving.settings import ServingConfig
 
@@ -99,7 +99,7 @@ def test_requests_go_on_while_ads_come_and_go(tmp_path: Path) -> None:
 
 def test_new_bids_do_not_recompute_a_models_states_and_the_snapshot_before_is_still_ranked(tmp_path: Path) -> None:
     tiny_bundle(tmp_path / "bundle")
-    model = Model(tmp_path / "bundle", KEY, "critical", False, 4, 1)
+    model = load_model(tmp_path / "bundle", KEY, "critical", False, 4, 1)
     frame = catalogue()
     before, dearer, fewer = (split_by_city(each)[0] for each in (frame, frame.assign(bid=2 * frame["bid"]), frame.iloc[:-2]))
     assert before.members == dearer.members != fewer.members and before.version != dearer.version
@@ -121,7 +121,7 @@ def test_new_bids_do_not_recompute_a_models_states_and_the_snapshot_before_is_st
 
 def test_the_dtype_of_the_settings_is_the_models(tmp_path: Path) -> None:
     tiny_bundle(tmp_path / "bundle")
-    model = Model(tmp_path / "bundle", KEY, "critical", False, 4, 1, dtype="bfloat16")
+    model = load_model(tmp_path / "bundle", KEY, "critical", False, 4, 1, dtype="bfloat16")
     assert model._engine.execution.dtype == "bfloat16"
     assert ServingConfig(home=tmp_path, dtype="float32").dtype == "float32"
     with pytest.raises(ValueError, match="dtype"):

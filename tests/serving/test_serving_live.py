@@ -23,7 +23,7 @@ from serving.event_log import EventLog, read_shadow
 from serving.live import Busy, LiveModels, Refused
 from serving.messages import RankRequest
 from serving.metrics import MODEL_LIVE
-from serving.policies import Model
+from serving.policies import Model, Policy, load_model
 from serving.ranking import Ranking
 from serving.settings import Arm, ServingConfig, SettingsError
 from serving.store import (
@@ -74,9 +74,9 @@ class Served:
         self.models = LiveModels(self.config, KEY, self.ranking, self.load, loaded)
         self.ranking.warm_up()
 
-    def load(self, entry: Approved) -> Model:
+    def load(self, entry: Approved) -> Policy:
         self.loads += 1
-        return Model(entry.folder, KEY, "critical", False, 16, 1, self.config.currency_step)
+        return load_model(entry.folder, KEY, "critical", False, 16, 1, self.config.currency_step)
 
     def close(self) -> None:
         self.models.close()

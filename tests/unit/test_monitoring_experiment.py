@@ -31,7 +31,10 @@ class World:
         )
         return frame.sample(frac=1.0, random_state=1).reset_index(drop=True)
 
-    def respond(self, row, page_ad_ids, creative_ids):
+    def organic_items(self, request_ids):
+        return pd.DataFrame({name: [] for name in ("poi_id", "category_id", "latitude", "longitude")})
+
+    def respond(self, row, page_ad_ids, creative_ids, above=None):
         first = np.arange(len(page_ad_ids)) == 0
         bought = first & (row.request_id % 2 == 0)
         return SimpleNamespace(
@@ -87,7 +90,7 @@ class Service:
                 self.events[(event["type"], event["request_id"], event["slot"])] = event
             return {"accepted": len(body["events"]), "duplicates": 0, "rejected": []}
         self.asked[body["user_id"]].append(body["timestamp"])
-        ads = [{"slot": s, "ad_id": 100 + s, "creative_id": 1, "price": 0.5, "pctr": 0.1, "bid": 1.0} for s in (1, 2, 3)]
+        ads = [{"slot": s, "ad_id": 100 + s, "creative_id": 1, "price": 0.5, "pctr": 0.1, "bid": 1.0, "above": 0} for s in (1, 2, 3)]
         return {"request_id": body["request_id"], "model_version": "v", "arm": "ega" if body["user_id"] % 2 else "control", "city_id": 0, "ads": ads, "degraded": []}
 
     def __enter__(self):
