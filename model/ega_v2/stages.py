@@ -56,9 +56,11 @@ class Sequences:
         return len(self.poi)
 
     def take(self, rows: np.ndarray) -> Sequences:
-        """Some of the requests."""
+        """Some of the requests, without the slots behind the longest of their pages: most users choose few things."""
         index = torch.from_numpy(rows)
-        return Sequences(History(*(values[index] for values in vars(self.history).values())), self.poi[index], self.creative[index])
+        poi, creative = self.poi[index], self.creative[index]
+        longest = max(1, int((poi[:, :, 0] >= 0).any(0).sum()))
+        return Sequences(History(*(values[index] for values in vars(self.history).values())), poi[:, :longest], creative[:, :longest])
 
 
 def tokenize(features_NF: Features, config: TokenizerConfig, folder: Path) -> Tokenizer:
