@@ -185,7 +185,7 @@ def off_policy_rows(metrics: dict[str, Any], truth: dict[str, Any] | None) -> li
     table, mode = metrics["off_policy"], metrics["price_mode"]
     measures = (("ectr_percent", "eCTR %", "ectr_per_request", 100.0), ("erpm", "eRPM", "erpm_per_1000_requests", 1.0))
     rows: list[tuple[Any, ...]] = [("logged", label, "counted in the log", table["logged"][name][0], _span(table["logged"][name]), "", "") for name, label, _, _ in measures]
-    for policy in (f"{metrics['policy']}/{mode}", f"{SEPARABLE}/critical"):
+    for policy in (name for name in (f"{metrics['policy']}/{mode}", f"{SEPARABLE}/critical") if name in table["policies"]):  # the cascades have one ranking
         entry = table["policies"][policy]
         for name, label, true_name, scale in measures:
             rows.append((policy, label, "forecast of the evaluator it was trained on", entry[name]["reward_model"], "", "", ""))

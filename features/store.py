@@ -97,6 +97,19 @@ def _name_arrays_by_identity() -> None:
         normalize_token.register(np.ndarray, name)
 
 
+def _import_feast() -> None:
+    """Import Feast without typeguard, which recompiles every method of Feast's classes at import: half of 10 seconds of CPU, in
+    every step and service that opens a store. Its checks are for who calls Feast by hand; ours is called from typed code."""
+    import typeguard
+
+    checked = typeguard.typechecked
+    typeguard.typechecked = lambda target=None, **_: (lambda function: function) if target is None else target
+    try:
+        import feast  # noqa: F401
+    finally:
+        typeguard.typechecked = checked
+
+
 def open_store(home: Path, patience_seconds: float | None = None) -> FeatureStore:
     """The feature store of a home, from feature_repo/feature_store.yaml with its files under `<home>/feast/`.
 
@@ -104,6 +117,8 @@ def open_store(home: Path, patience_seconds: float | None = None) -> FeatureStor
     retries, so that a read that cannot succeed ends (retries take 8 s); None waits as Feast does, right for bulk writes.
     """
     import yaml
+
+    _import_feast()
     from feast import FeatureStore, RepoConfig
 
     _name_arrays_by_identity()

@@ -120,7 +120,7 @@ def tiny_logs(
             "request_id": requests["request_id"].to_numpy()[request], "slot": slot, "event_timestamp": requests["event_timestamp"].to_numpy()[request],
             "user_id": requests["user_id"].to_numpy()[request], "ad_id": ad_ids[ad], "creative_id": ad_ids[ad] * 10, "bid": bid,
             "payment": np.round(np.array(bid) * 0.8, 6), "pctr": 0.1, "propensity": 0.5, "click": np.array(clicked, int),
-            "click_timestamp": pd.Series(pd.to_datetime(pd.array(click_us, dtype="Int64").to_numpy(dtype="float64", na_value=np.nan), unit="us", utc=True)).dt.as_unit("us"),
+            "click_timestamp": _stamp(pd.array(click_us, dtype="Int64")),
             "purchase": np.array(bought, int), "order_value": np.where(bought, 20.0, 0.0),
         }
     )  # fmt: skip

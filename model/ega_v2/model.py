@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from scipy.sparse import csr_matrix
-from sklearn.utils.extmath import randomized_svd
 from torch import Tensor, nn
 
 from marketplace import schema
@@ -51,6 +49,9 @@ def audiences(user: np.ndarray, place: np.ndarray, places: int, seed: int) -> np
 
     Args: user, place [V], ids of users and rows of places, one pair a visit.
     """
+    from scipy.sparse import csr_matrix
+    from sklearn.utils.extmath import randomized_svd  # seconds of import that only a fit needs
+
     users, row = np.unique(user, return_inverse=True)
     count = csr_matrix((np.ones(len(place)), (place, row)), shape=(places, max(1, len(users))))
     count.sum_duplicates()

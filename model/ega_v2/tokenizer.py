@@ -22,8 +22,6 @@ from pydantic.dataclasses import dataclass as config_dataclass
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
-from scipy.spatial.distance import cdist
-from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
 from model.bundle import canonical, write_atomic
@@ -187,6 +185,8 @@ def checked(features_NF: Features, width: int | None = None) -> npt.NDArray[np.f
 
 def _nearest(points_NF: npt.NDArray[np.float64], centres_WF: npt.NDArray[np.float64]) -> Codes:
     """Index of the nearest centre [N]. `cdist` sums every pair by itself, so other rows never move a distance, not by a bit."""
+    from scipy.spatial.distance import cdist
+
     found = np.empty(len(points_NF), np.int64)
     for start in range(0, len(points_NF), _ROWS):
         found[start : start + _ROWS] = cdist(points_NF[start : start + _ROWS], centres_WF, "sqeuclidean").argmin(1)
@@ -208,6 +208,8 @@ def _codebooks(distinct_NF: npt.NDArray[np.float64], config: TokenizerConfig, co
     A residual met by several items counts once: after a layer with a centre to itself an item's residual is zero, and k-means would
     spend centre upon centre on the same point. Where fewer than W residuals are left, they are the centres and the rest stay at zero.
     """
+    from sklearn.cluster import KMeans  # seconds of import that only a fit needs
+
     books = np.zeros((config.layers, codes, distinct_NF.shape[1]), np.float32)
     residual = distinct_NF
     with threadpool_limits(limits=1):  # the order in which threads add up would decide the last bits

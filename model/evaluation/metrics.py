@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.stats import rankdata
 
 
 def auc(labels: np.ndarray, scores: np.ndarray) -> float:
     """Area under the ROC curve by the rank statistic, ties counted half; NaN when one class is absent."""
+    from scipy.stats import rankdata  # a second of import that most stages of training do without
+
     labels, scores = np.asarray(labels, bool).ravel(), np.asarray(scores, np.float64).ravel()
     positives = int(labels.sum())
     negatives = len(labels) - positives

@@ -7,11 +7,7 @@ import io
 import math
 from typing import Any
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
 
 STYLE = """
 :root{color-scheme:light dark}
@@ -66,16 +62,22 @@ def page(title: str, sections: list[tuple[str, str]], lead: str = "") -> str:
     )
 
 
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure  # without pyplot: no window system, nothing to close, half the time to import
+
+    return Figure(figsize=(width, height))
+
+
 def _svg(figure: Any) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-    plt.close(figure)
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 
 
 def _axes(width: float = 6.4, height: float = 3.6) -> tuple[Any, Any]:
-    figure, axes = plt.subplots(figsize=(width, height))
+    figure = _figure(width, height)
+    axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     return figure, axes
@@ -161,7 +163,8 @@ def lines_svg(series: dict[str, list[float]], x: str, y: str) -> str:
 def lies_svg(data: dict[str, np.ndarray], charged: str) -> str:
     """What a few displayed ads would gain over bidding their value, against the bid, under the prices charged and two others."""
     ads = len(data["lie_ad"])
-    figure, panels = plt.subplots(1, ads, figsize=(3.1 * ads, 3.0), squeeze=False)
+    figure = _figure(3.1 * ads, 3.0)
+    panels = figure.subplots(1, ads, squeeze=False)
     colours = {mode: colour for mode, colour in (("critical", "#0a7a3d"), ("learned", "#2f6db5"), ("gsp", "#b5622f")) if f"lie_{mode}" in data}
     for row, axes in enumerate(panels[0]):
         for mode, colour in colours.items():

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 from scipy.special import expit
 from scipy.special import logit as logit_of
 from torch import Tensor
@@ -173,6 +172,8 @@ def train_relabel(
 def scale_clicks(network: Cascade, samples: Samples, rows: np.ndarray) -> None:
     """Platt scaling: a pairwise loss leaves the spread of a score free. Logistic regression of the clicks of `rows` on the click logit,
     with the slots' terms as they are; a slope that is not above 0 is refused."""
+    from scipy.optimize import minimize  # slow to import, and only the stage relabel gets here
+
     data = encode_exposed(network, samples, rows)
     shown = data["mask"]
     x, y = data["click_logit"][shown].double().numpy(), data["click"][shown].double().numpy()

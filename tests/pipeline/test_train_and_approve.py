@@ -97,9 +97,10 @@ def test_the_rules_of_pricing_are_compared_on_a_finished_run(approved: Run, tmp_
 
 
 def test_gates_that_nothing_can_pass_reject_with_exit_code_3_and_leave_the_store_alone(approved: Run, tmp_path: Path) -> None:
+    """On given logs, with a cascade for a candidate: the other branch of the stages too, in four of them instead of five."""
     config = yaml.safe_load((ROOT / "config" / "ci.yaml").read_text())
     config["gates"] = {"psi_limit": -1.0, "minimum_lift": 1e9}
-    config["world"] = None
+    config["world"], config["model"]["kind"] = None, "mca"
     strict = tmp_path / "strict.yaml"
     strict.write_text(yaml.safe_dump(config))
     before = store_entries(approved.home)
@@ -107,6 +108,8 @@ def test_gates_that_nothing_can_pass_reject_with_exit_code_3_and_leave_the_store
     assert code == 3, out
     assert "verdict   rejected:" in out and "utility" in out
     assert store_entries(approved.home) == before
+    metrics = json.loads((tmp_path / "runs" / "strict" / "metrics.json").read_text())
+    assert metrics["policy"] == "mca" and metrics["incumbent"] == before[0]
     assert "Rejected" in (tmp_path / "runs" / "strict" / "report.html").read_text()
 
 

@@ -235,15 +235,6 @@ def test_sample_ratio_bayes_factor_is_the_dirichlet_multinomial():
     assert ab_stats.sample_ratio_log_bayes(counts, shares) == pytest.approx(law.logpmf(counts) - plain.logpmf(counts), rel=1e-8)
 
 
-def test_holm_equals_statsmodels_on_drawn_vectors():
-    multipletests = pytest.importorskip("statsmodels.stats.multitest").multipletests
-    generator = np.random.default_rng(12)
-    for _ in range(50):
-        p = generator.random(generator.integers(1, 20)) ** 3
-        for method, name in (("holm", "holm"), ("bh", "fdr_bh"), ("by", "fdr_by")):
-            np.testing.assert_allclose(ab_stats.adjust_p_values(p, method), multipletests(p, method=name)[1], rtol=1e-10)
-
-
 def test_planned_looks_spend_what_they_may():
     """The bounds' crossing probabilities by simulation of the score process: alpha t^2 is spent up to each look."""
     times, bounds = np.array([0.25, 0.5, 0.75, 1.0]), ab_stats.planned_look_bounds([0.25, 0.5, 0.75, 1.0])
