@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +37,7 @@ class Dice(nn.Module):
         # The running statistics are used in training too: gradients then do not couple the requests of a batch, and
         # a request scores alike alone and in company.
         scale = torch.rsqrt(self.variance + self.epsilon)
-        gate = torch.sigmoid((x_BND - self.mean) * scale)
-        return x_BND * (self.alpha + gate * (1.0 - self.alpha))
+        return _Dice.apply(x_BND, self.mean.to(x_BND.dtype), scale.to(x_BND.dtype), self.alpha.to(x_BND.dtype))
 
     @torch.no_grad()
     def _observe(self, x_BND: Tensor, mask_BN: Tensor | None) -> None:
@@ -49,6 +49,41 @@ class Dice(nn.Module):
         variance = (weight @ rows.square() - mean.square()).clamp(min=0.0)
         self.mean.lerp_(mean, self.momentum)
         self.variance.lerp_(variance, self.momentum)
+
+
+class _Dice(torch.autograd.Function):
+    """x * (alpha + gate * (1 - alpha)), gate = sigma((x - mean) * scale), a cache's worth of rows at a time on a CPU: it is bound by memory, and as
+    single operations every one of a dozen would read and write all of x. mean and scale are constants."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mean: Tensor, scale: Tensor, alpha: Tensor) -> Tensor:
+        rows, out = x.reshape(-1, x.shape[-1]), torch.empty_like(x, memory_format=torch.contiguous_format)
+        flat, shift, rest = out.view(-1, x.shape[-1]), -mean * scale, 1.0 - alpha
+        for part in _cache_parts(rows):
+            gate = torch.addcmul(shift, rows[part], scale).sigmoid_()
+            torch.mul(rows[part], torch.addcmul(alpha, gate, rest, out=gate), out=flat[part])
+        ctx.save_for_backward(rows, shift, scale, alpha)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, shift, scale, alpha = ctx.saved_tensors
+        grad = grads[0].reshape(rows.shape)
+        to_x, to_alpha, rest = torch.empty_like(rows), torch.zeros(rows.shape[1], dtype=torch.float32, device=rows.device), 1.0 - alpha
+        slope = rest * scale
+        for part in _cache_parts(rows):
+            gate = torch.addcmul(shift, rows[part], scale).sigmoid_()
+            torch.mul(grad[part], torch.addcmul(alpha, gate, rest), out=to_x[part])
+            closed = (grad[part] * rows[part]).mul_(1.0 - gate)  # what alpha multiplies
+            to_alpha += closed.sum(0, dtype=torch.float32)
+            to_x[part].addcmul_(closed.mul_(gate), slope)
+        return to_x.view(grads[0].shape), None, None, to_alpha.to(alpha.dtype)
+
+
+def _cache_parts(rows: Tensor) -> list[slice]:
+    """Slices of rows that fit a CPU's cache several times over; all at once elsewhere."""
+    count = len(rows) if rows.device.type != "cpu" else max(256, 65_536 // max(1, rows.shape[1]))
+    return [slice(start, start + count) for start in range(0, len(rows), max(1, count))]
 
 
 def multi_head_attention(query_BND: Tensor, key_BMD: Tensor, value_BMD: Tensor, heads: int, mask_BM: Tensor | None = None) -> Tensor:

@@ -209,3 +209,23 @@ def test_softmax_over_tokens_survives_huge_logits() -> None:
     assert bool(torch.isfinite(layer(x, mask)).all())
     assert bool(torch.isfinite(layer.forward_chunked(x, mask, 7)).all())
     assert np.isfinite(F.softmax(x @ layer.prototypes.T, 1).detach().numpy()).all()
+
+
+def test_dice_and_its_gradients_are_those_of_the_formula() -> None:
+    """The fused function against the formula under autograd, over more rows than a cache holds at once; and by finite differences."""
+    torch.manual_seed(0)
+    dice = Dice(5).double().eval()
+    dice.mean.copy_(torch.randn(5))
+    dice.variance.copy_(torch.rand(5) + 0.2)
+    with torch.no_grad():
+        dice.alpha.copy_(torch.randn(5))
+    x = torch.randn(3, 9_000, 5, dtype=torch.float64, requires_grad=True)
+    gate = torch.sigmoid((x - dice.mean) * torch.rsqrt(dice.variance + dice.epsilon))
+    expected = x * (dice.alpha + gate * (1 - dice.alpha))
+    weight = torch.randn_like(expected)
+    wanted = torch.autograd.grad((expected * weight).sum(), (x, dice.alpha))
+    found = dice(x)
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(torch.autograd.grad((found * weight).sum(), (x, dice.alpha)), wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert torch.autograd.gradcheck(lambda y: dice(y), torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True))
