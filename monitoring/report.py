@@ -122,9 +122,9 @@ def retraining_reasons(analysis: Analysis, rows: list[DriftRow], changes: list[s
 
 
 def _joined(traffic: Path, out: Path, window_hours: float) -> tuple[Path, Counts | None]:
-    """The traffic as clean logs. A folder with raw `events/` is joined first, into `<out>/logs`, days that changed only."""
+    """The traffic as clean logs, and what a join of raw records counted. A folder with raw `events/` is joined first, into `<out>/logs`, days that changed only."""
     if not (traffic / "events").is_dir():
-        return traffic, None
+        return traffic, store.counts_of(traffic)
     return out / "logs", store.update(traffic, out / "logs", window_hours).counts
 
 

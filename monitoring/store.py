@@ -213,6 +213,12 @@ def _state(out: Path) -> dict[str, Any]:
         raise logs.LogError(f"{path} is not the state of a store ({error}); delete {out} and update it again") from error
 
 
+def counts_of(folder: Path) -> Counts | None:
+    """What the joins of a store counted; None for a folder of logs that `update` did not write."""
+    days = _state(Path(folder))
+    return add_counts(Counts(**day["counts"]) for day in days.values()) if days else None
+
+
 def update(raw: Path, out: Path, window_hours: float = 24.0, rows_at_once: int = ROWS_AT_ONCE, workers: int = 2, progress: bool = False) -> Update:
     """Bring the store `out` up to the raw traffic: new and changed days are joined, others are left as they are.
 
