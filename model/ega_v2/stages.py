@@ -131,10 +131,11 @@ class RewardConfig(LoopConfig):
 
 
 def train_reward(
-    network: EgaV2, model: RewardModel, parameters: list[nn.Parameter], pages: Callable[[np.ndarray], tuple[History, LoggedPages]], rows: np.ndarray, check: np.ndarray, stage: str,
+    network: EgaV2, model: RewardModel, parameters: list[nn.Parameter], pages: Callable[[np.ndarray], tuple[History, LoggedPages]], rows: np.ndarray, check: np.ndarray, levels: np.ndarray, stage: str,
     config: RewardConfig, folder: Path, fingerprint: dict[str, Any], device: Device,
 ) -> StageResult:  # fmt: skip
-    """Stage 3: clicks on POIs and creatives and purchases of logged pages. `pages` gives histories and pages of request rows."""
+    """Stage 3: clicks on POIs and creatives and purchases of logged pages. `pages` gives histories and pages of request rows; `levels` are those that the
+    level of the predictions stands on in the end."""
 
     def losses(chosen: np.ndarray) -> tuple[Tensor, Rewards, LoggedPages]:
         history, page = pages(chosen)
@@ -161,7 +162,27 @@ def train_reward(
         q, y = torch.sigmoid(torch.cat(logits)).double().numpy(), torch.cat(clicks).numpy()
         return {"score": -log_loss(y, q), "log_loss": log_loss(y, q), "auc": auc(y, q), "dev": deviation(q, y)}
 
-    return run_stage(stage, network, parameters, config, rows, step, validate, folder, {**fingerprint, "config": asdict(config)}, device)
+    result = run_stage(stage, network, parameters, config, rows, step, validate, folder, {**fingerprint, "config": asdict(config)}, device)
+    _set_level(model, losses, levels, config.batch)
+    return result
+
+
+@torch.no_grad()
+def _set_level(model: RewardModel, read: Callable[[np.ndarray], tuple[Tensor, Rewards, LoggedPages]], rows: np.ndarray, batch: int) -> None:
+    """Shift the logit of clicks so that predictions on the ads of `rows` sum to their clicks: prices multiply them. As of EGA-V1's evaluators the level
+    stands on days that trained nothing else; rows without a click leave it as it is."""
+    from model.training.stages import level_for  # here: that file reads this one's configuration
+
+    logits, clicks = [], 0.0
+    for start in range(0, len(rows), batch):
+        _, found, page = read(rows[start : start + batch])
+        ads = page.mask & ~page.items.organic
+        logits.append(found.poi_click[ads].double())
+        clicks += float(page.click[ads].sum())
+    if clicks == 0:
+        return
+    logit = torch.cat(logits).numpy()
+    model.towers[0].layers[-1].bias += level_for(logit, clicks / len(logit))
 
 
 @config_dataclass(frozen=True, config=_STRICT)

@@ -37,7 +37,7 @@ def run_stage(stage: str, model: EgaV2Model, samples: Samples, config: V2Trainin
         own = config.reward if stage == "reward" else config.evaluation
         return train_reward(
             model.core, model.core.reward if stage == "reward" else model.evaluation, model.enter_stage(stage), lambda rows: (data.history(rows), data.logged_pages(rows)),
-            mine[-own.requests :] if own.requests else mine, validation[-own.validation_requests :], stage, own, folder, fingerprint, device,
+            mine[-own.requests :] if own.requests else mine, validation[-own.validation_requests :], validation, stage, own, folder, fingerprint, device,
         )  # fmt: skip
     if stage == "payment":
         own = config.payment

@@ -23,7 +23,7 @@ from model.ega_v2.config import SearchConfig, V2Config
 from model.ega_v2.data import PageData, places_of_page
 from model.ega_v2.model import AUDIENCE_WIDTH, audiences
 from model.ega_v2.payment import RULES, Audit, PaymentConfig, Shown, outcomes, prices, psi_of, regret_of, shown_pages
-from model.ega_v2.replay import city_scores, read_pages, replay_v2
+from model.ega_v2.replay import city_scores, read_logged, read_pages, replay_v2
 from model.ega_v2.stages import PretrainConfig, RewardConfig, RlafConfig, V2TrainingConfig, marginal_rewards
 from model.ega_v2.tokenizer import TokenizerError
 from model.ega_v2.training import audited
@@ -227,6 +227,15 @@ def test_the_rival_of_a_place_is_read_in_that_place(data) -> None:
         best = max(best, float(worth({places[-1]: (proposed, beam, at)})[places[-1]]))
     assert best > 0 and float(shown.rival[0, places[-1]]) == pytest.approx(best, rel=1e-5)
     assert bool((shown.rival[0][page.ad[0, 0] < 0] == 0).all())
+
+
+def test_predictions_stand_on_the_clicks_of_the_validation_days(data) -> None:
+    rows = data.samples.split_rows(schema.VALIDATION)
+    shown = np.asarray(data.samples.candidate[rows, : data.samples.slots]) >= 0
+    clicks = np.asarray(data.samples.click[rows, : data.samples.slots])[shown]
+    assert clicks.sum() > 0
+    for reward in (data.model.core.reward, data.model.evaluation):
+        assert read_logged(data, reward, rows)[shown].sum() == pytest.approx(clicks.sum(), rel=1e-4)
 
 
 def test_replay_measures_every_price_rule_and_reads_pages_as_they_are_shown(data) -> None:
