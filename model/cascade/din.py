@@ -24,8 +24,11 @@ class ActivationUnit(nn.Module):
 
     def forward(self, ad_BND: Tensor, ad_mask_BN: Tensor, behaviour_BLD: Tensor, mask_BL: Tensor) -> Tensor:
         """[B, N, L], 0 for masked behaviours; not normalised, so that the strength of an interest survives (Zhou et al. 2018, Sec. 4.3)."""
-        if ad_BND.shape[1] < self.product.out_features:
-            return self._pairs(ad_BND, ad_mask_BN, behaviour_BLD, mask_BL)
+        few = ad_BND.shape[1] * int(mask_BL.sum()) < self.product.out_features * mask_BL.numel()
+        return (self._pairs if few else self._factored)(ad_BND, ad_mask_BN, behaviour_BLD, mask_BL)
+
+    def _factored(self, ad_BND: Tensor, ad_mask_BN: Tensor, behaviour_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+        """For many candidates: one weight matrix [D, H] a behaviour, whether it is real or not."""
         batch, ads, width = ad_BND.shape
         length = behaviour_BLD.shape[1]
         # (a * b) W = a (b * W): [B, L, D, H] instead of [B, N, L, D].
@@ -37,7 +40,7 @@ class ActivationUnit(nn.Module):
         return torch.where(mask_BL.unsqueeze(1), self.rest(x).reshape(batch, ads, length), 0.0)
 
     def _pairs(self, ad_BND: Tensor, ad_mask_BN: Tensor, behaviour_BLD: Tensor, mask_BL: Tensor) -> Tensor:
-        """The same for few candidates, where one weight matrix a behaviour does not pay: the P real behaviours only, [P, N, D]."""
+        """For few candidates, or much padding: the products [P, N, D] of the P real behaviours alone."""
         request, at = mask_BL.nonzero(as_tuple=True)
         behaviour_PD = behaviour_BLD[request, at]
         x = self.product(ad_BND[request] * behaviour_PD.unsqueeze(1)) + self.candidate(ad_BND)[request] + self.behaviour(behaviour_PD).unsqueeze(1)
