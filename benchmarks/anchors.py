@@ -11,6 +11,7 @@ from typing import Any
 
 ON_DATA = {"sequential": ("benchmarks.sequential", "games"), "next-poi": ("benchmarks.next_poi", "nyc"), "serp": ("benchmarks.serp", "serp")}
 """Benchmark -> its module and the folder that it reads by default under $EGA_DATA."""
+FOLDERS = {name: folder for name, (_, folder) in ON_DATA.items()} | {"peers": "games"}
 
 
 def find_data(name: str, data: Path | None) -> Path:
@@ -18,7 +19,7 @@ def find_data(name: str, data: Path | None) -> Path:
     root = os.environ.get("EGA_DATA")
     if data is not None and data.exists():
         return data
-    wanted = data or Path(ON_DATA[name][1])
+    wanted = data or Path(FOLDERS[name])
     if root and (Path(root) / wanted).exists():
         return Path(root) / wanted
     where = f"neither here nor under EGA_DATA={root}" if root else "not here, and EGA_DATA is not set"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from benchmarks.tables import ROOT, Market, _say, market, mean_and_deviation, pooled, provenance, seeds_of
+from benchmarks.tables import ROOT, Market, market, mean_and_deviation, pooled, provenance, say, seeds_of
 
 if TYPE_CHECKING:
     from pipelines.config import RunConfig
@@ -62,13 +62,13 @@ def policies(place: Market, psi: dict[str, float]) -> Iterator[pd.DataFrame]:
     model, samples, seed = place.config.model, place.samples, place.seed
     rows = np.sort(newest(samples.split_rows(schema.TEST), place.config.evaluation.requests))
     for kind in ("mca", "ega_v1"):
-        _say(f"seed {seed}: {kind}")
+        say(f"seed {seed}: {kind}")
         found = place.replay(place.train(kind, replace(model, kind=kind))).pages
         pages = found[found["policy"] == f"{kind}/gsp"].assign(policy=kind)
         yield with_selected(place, pages)
         if kind == "mca":
             yield with_selected(place, pages.assign(policy="mca top"), "top")
-    _say(f"seed {seed}: ega_v2")
+    say(f"seed {seed}: ega_v2")
     v2 = replace(model, kind="ega_v2")
     data = PageData(samples, place.train("ega_v2", v2))
     yield logged_pages(data, rows)

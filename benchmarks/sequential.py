@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,11 @@ class Interactions:
     def length(self) -> np.ndarray:
         return np.diff(self.start)
 
+    @cached_property
+    def touched(self) -> np.ndarray:
+        """user * (I + 1) + item of everything that a user touched, ascending."""
+        return np.unique(np.repeat(np.arange(self.users), self.length) * (self.count + 1) + self.items)
+
     def before(self, users: np.ndarray, held_out: int, length: int) -> np.ndarray:
         """The last `length` items of each user before the last `held_out`, right-aligned, [U, length]."""
         end = self.start[users + 1] - held_out
@@ -82,7 +88,7 @@ def read_interactions(data: Path) -> Interactions:
 
 def draw_negatives(data: Interactions, users: np.ndarray, rng: np.random.Generator, count: int = NEGATIVES) -> np.ndarray:
     """`count` items for each user, uniform over those the user never touched, with replacement; [U, count]."""
-    own = np.unique(np.repeat(np.arange(data.users), data.length) * (data.count + 1) + data.items)
+    own = data.touched
     if int(data.length.max()) >= data.count:
         raise ValueError("a user touched every item; nothing is left to rank the held-out one against")
     drawn = rng.integers(1, data.count + 1, (len(users), count))
@@ -188,7 +194,7 @@ class SasRecRanker:
 
     def scores(self, sequences_BL: Tensor, items_BN: Tensor) -> Tensor:
         """Scores [B, N] of candidates [B, N], or [1, N] for the same ones after every sequence."""
-        state = self.network(sequences_BL)[:, -1]
+        state = self.network.newest(sequences_BL)
         return state @ self.network.item(items_BN[0]).T if len(items_BN) == 1 else self.network.scores(state, items_BN)
 
 

@@ -57,7 +57,7 @@ class Market:
             if shared is not None and (source := self.folder / shared / "stages" / stage).is_dir() and stage != "evaluation":
                 shutil.copytree(source, out / stage, dirs_exist_ok=True)
                 continue
-            _say(f"seed {self.seed}: {name}, stage {stage}")
+            say(f"seed {self.seed}: {name}, stage {stage}")
             train_stage(stage, self.samples.folder, model, self.config.training, out, self.folder / name / "checkpoints", self.seed)
         return load_stage(stages[-1], self.samples, model, out, self.seed)
 
@@ -80,7 +80,7 @@ class Market:
         return limits(self.world, scored["request_id"].unique())
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     print(f"  {time.strftime('%H:%M:%S')}  {text}", file=sys.stderr, flush=True)
 
 
@@ -99,7 +99,7 @@ def market(path: Path, seed: int, data: Path | None, change: Callable[[RunConfig
         raise ValueError(f"{path} names no world; the tables need a market whose truth is known")
     with tempfile.TemporaryDirectory(prefix="ega-tables-") as folder:
         base = Path(folder)
-        _say(f"seed {seed}: logs of {path.stem}")
+        say(f"seed {seed}: logs of {path.stem}")
         world = build_world(config.world, seed, data)
         world.write_logs(base / "logs")
         build_features(base / "logs", base / "home", config.features.behaviours, fresh=True)
@@ -208,7 +208,10 @@ def _kinds(place: Market) -> dict[str, RankingModel]:
 
 
 def compare_kinds(place: Market) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
-    """One seed of table 1: a row a model, and EGA-V1's paired differences to both cascades."""
+    """One seed of table 1: a row a model, and EGA-V1's paired differences to both cascades.
+
+    GSP at its lowest envy-free equilibrium charges the VCG prices of the same ranking (Edelman et al. 2007; Varian 2007): policy `<kind>/vcg`.
+    """
     from marketplace import schema
     from marketplace.oracle import shares
     from marketplace.truth import paired_lift
@@ -218,11 +221,11 @@ def compare_kinds(place: Market) -> tuple[dict[str, dict[str, float]], dict[str,
     networks = _kinds(place)
     replays: dict[str, Replay] = {}
     for kind, network in networks.items():
-        _say(f"seed {place.seed}: replay of {kind}")
+        say(f"seed {place.seed}: replay of {kind}")
         replays[kind] = place.replay(network)
     mode = choose_price_mode(replays["ega_v1"].metrics, place.config.gates)
     published = {"mca": "mca/gsp", "fs_ltr": "fs_ltr/gsp", "ega_v1": f"ega_v1/{mode}"}
-    wanted = {*published.values(), *(f"{kind}/critical" for kind in networks)}
+    wanted = {*published.values(), *(f"{kind}/{rule}" for kind in networks for rule in ("critical", "vcg"))}
     pages = pd.concat([found.pages[found.pages["policy"].isin(wanted)] for found in replays.values()], ignore_index=True)
     scored = place.truth(pages)
     judged = refereed(place, networks["ega_v1"], pages)
@@ -235,6 +238,7 @@ def compare_kinds(place: Market) -> tuple[dict[str, dict[str, float]], dict[str,
         rows[kind] = {
             "recall": metrics["ranking"][f"recall_at_{k}"], "auc": metrics["ranking"]["auc"], "ectr": float(judged.loc[policy, "ectr"]), "erpm": float(judged.loc[policy, "erpm"]),
             "true_ectr": 100 * float(means.loc[policy, "clicks"]), "true_erpm": 1000 * float(means.loc[policy, "revenue"]),
+            "true_erpm_equilibrium": 1000 * float(means.loc[f"{kind}/vcg", "revenue"]),
             "true_erpm_critical": 1000 * float(means.loc[equal, "revenue"]), "welfare_of_limit": 100 * limit[equal]["welfare_of_limit"],
             "gap_closed": 100 * limit[equal]["gap_closed"], "psi": 100 * psi["psi_paper"], "psi_exact": 100 * psi["psi_exact_model"],
         }  # fmt: skip
@@ -247,6 +251,7 @@ def compare_kinds(place: Market) -> tuple[dict[str, dict[str, float]], dict[str,
         lifts[f"AUC over {NAMES[rival]}"] = paired_auc(mine[2], mine[0], theirs[0], mine[4])
         lifts[f"true eRPM over {NAMES[rival]}, both critical"] = paired_lift(scored, f"{rival}/critical", "ega_v1/critical")
         lifts[f"true eRPM over {NAMES[rival]}, as published"] = paired_lift(scored, published[rival], published["ega_v1"])
+        lifts[f"true eRPM as published over {NAMES[rival]} with GSP at equilibrium"] = paired_lift(scored, f"{rival}/vcg", published["ega_v1"])
         lifts[f"true welfare over {NAMES[rival]}"] = paired_lift(scored, f"{rival}/critical", "ega_v1/critical", "welfare")
     return rows, lifts
 
@@ -272,9 +277,10 @@ def table1(config: Path | None = None, data: Path | None = None, seeds: int = 5,
 
 COLUMNS = {
     "recall": "Recall@50", "auc": "AUC", "ectr": "eCTR %, evaluator", "erpm": "eRPM, evaluator", "true_ectr": "eCTR %, true", "true_erpm": "eRPM, true",
-    "true_erpm_critical": "eRPM, true, critical", "welfare_of_limit": "% of best welfare", "gap_closed": "% of gap closed", "psi": "psi %, paper's grid", "psi_exact": "psi %, exact",
+    "true_erpm_equilibrium": "eRPM, true, GSP at equilibrium", "true_erpm_critical": "eRPM, true, critical", "welfare_of_limit": "% of best welfare", "gap_closed": "% of gap closed", "psi": "psi %, paper's grid", "psi_exact": "psi %, exact",
 }  # fmt: skip
-"""Columns of the printed table. "true" is the market's truth; "critical" at critical prices for all; the gap is MCA's to the best pages."""
+"""Columns of the printed table. "true" is the market's truth; "critical" at critical prices for all; "GSP at equilibrium" at the VCG prices of the own
+ranking, which are that equilibrium for a ranking by q*b and a yardstick for EGA-V1's; the gap is MCA's to the best pages."""
 
 
 def _spread(value: dict[str, float]) -> str:

@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from monitoring.report import MonitorConfig, MonitorResult
     from monitoring.shadow import ShadowResult
     from monitoring.verdict import ExperimentPlan
-    from serving.settings import Arm, ServingConfig
+    from serving.settings import Arm, PriceMode, ServingConfig
 
 
 class AbError(RuntimeError):
@@ -37,6 +37,8 @@ class Experiment:
     title: str = "Experiment"
     serving: ServingConfig | None = None
     """Settings of the services to start; arms and salt are set from the plan."""
+    price_modes: dict[str, PriceMode] = field(default_factory=dict)
+    """Price rule of an arm that has a service of its own (its policy is a tag); the other arms charge by `serving`."""
     url: str | None = None
     """A service that runs already; None: services are started for the experiment."""
     token: str | None = None
@@ -109,9 +111,20 @@ def _own_home(home: Path, folder: Path) -> Path:
     return folder
 
 
-def _settings_of(arm: Arm, tag: str, home: Path, folder: Path, base: ServingConfig) -> ServingConfig:
+def _settings_of(arm: Arm, tag: str, home: Path, folder: Path, base: ServingConfig, price_mode: str | None = None) -> ServingConfig:
     """Settings of a service that runs one arm."""
-    return replace(base, home=_own_home(home, folder / arm.name), signing_home=base.key_home, model_tag=tag or base.model_tag, arms=(arm,))
+    return replace(
+        base, home=_own_home(home, folder / arm.name), signing_home=base.key_home, model_tag=tag or base.model_tag, arms=(arm,), price_mode=price_mode or base.price_mode
+    )
+
+
+def _check_prices(price_modes: dict[str, PriceMode], policies: dict[str, str], own_services: bool) -> None:
+    """Raises AbError for a price rule that no service would follow."""
+    for arm in price_modes:
+        if arm not in policies:
+            raise AbError(f"price_modes names arm {arm!r}; the plan's arms are {', '.join(policies)}")
+        if not own_services or policies[arm] == "bootstrap":
+            raise AbError(f"price_modes: arm {arm!r} has no service of its own that a model's prices could be set for; name its policy by an exact tag, and leave --url and shadow out")
 
 
 @contextmanager
@@ -123,6 +136,8 @@ def _services(experiment: Experiment, out: Path) -> Iterator[_Services]:
 
     home, plan, driver = experiment.home, experiment.monitoring.plan, experiment.driver
     policies = _policies(plan, driver)
+    by_tag = experiment.url is None and not driver.shadow and any(policy not in KINDS for policy in policies.values())
+    _check_prices(experiment.price_modes, policies, by_tag)
     if experiment.url is not None:
         if driver.shadow:
             raise AbError("shadow mode starts its own services; leave --url out")
@@ -142,11 +157,11 @@ def _services(experiment: Experiment, out: Path) -> Iterator[_Services]:
             return
         pairs = [_arm(name, policies[name], share) for name, share in plan.shares.items()]
         arms = [arm for arm, _ in pairs]
-        if not any(tag for _, tag in pairs):
+        if not by_tag:
             _set_aside(home)
             yield _Services(start(replace(base, home=home, arms=tuple(arms), salt=driver.salt), "service"), [home])
             return
-        by_arm = {arm.name: start(_settings_of(arm, tag, home, out / "homes", base), f"service-{arm.name}") for arm, tag in pairs}
+        by_arm = {arm.name: start(_settings_of(arm, tag, home, out / "homes", base, experiment.price_modes.get(arm.name)), f"service-{arm.name}") for arm, tag in pairs}
         yield _Services(by_arm[plan.control], [out / "homes" / arm.name for arm in arms], lambda user_id: by_arm[assign_arm(user_id, driver.salt, arms)])
 
 

@@ -20,6 +20,21 @@ def _load(run: Path, seconds: float = 60.0) -> dict[str, Any]:
     return load(ega_home() / load_run_config(run / "config.yaml").name, seconds, say=print)
 
 
+def _table4(config: Path | None = None, data: Path | None = None, seed: int | None = None, quick: bool = False) -> dict[str, Any]:
+    """`benchmarks.online.table4` with the experiments of `ega ab`."""
+    from benchmarks.online import table4
+    from cli.ab import Experiment, execute
+    from monitoring.report import MonitorResult
+
+    def drive(run: Path, home: Path, monitoring: Any, driver: Any, price_modes: Any, title: str) -> MonitorResult:
+        _, result = execute(Experiment(run, home, monitoring, driver, title, price_modes=price_modes))
+        if not isinstance(result, MonitorResult):
+            raise ValueError("table4 judges what users do; set experiment.driver.shadow to false")
+        return result
+
+    return table4(drive, config, data, seed, quick)
+
+
 def benchmarks() -> dict[str, Callable[..., dict[str, Any]]]:
     """Every benchmark by name. Its parameters are the options that it takes."""
     from benchmarks.anchors import ON_DATA, anchor
@@ -27,10 +42,11 @@ def benchmarks() -> dict[str, Callable[..., dict[str, Any]]]:
     from benchmarks.experiments import EXPERIMENTS
     from benchmarks.flops import flops
     from benchmarks.pages import PAGES
+    from benchmarks.peers import peers
     from benchmarks.speed import BENCHMARKS
     from benchmarks.tables import TABLES
 
-    return {**BENCHMARKS, **EXPERIMENTS, **ON_RUN, **TABLES, **PAGES, "flops": flops, "load": _load, **{name: anchor(name) for name in ON_DATA}}
+    return {**BENCHMARKS, **EXPERIMENTS, **ON_RUN, **TABLES, **PAGES, "table4": _table4, "flops": flops, "peers": peers, "load": _load, **{name: anchor(name) for name in ON_DATA}}
 
 
 def bench(name: str, out: Path | None = None, plot: Path | None = None, **options: Any) -> int:
@@ -48,10 +64,10 @@ def bench(name: str, out: Path | None = None, plot: Path | None = None, **option
     wrong = [option for option in given if option not in takes]
     if wrong:
         others = [other for other, function in known.items() if wrong[0] in inspect.signature(function).parameters]
-        raise ValueError(f"benchmark {name} takes no --{wrong[0]}" + (f"; only {', '.join(others)} can" if others else ""))
+        raise ValueError(f"benchmark {name} takes no --{wrong[0].replace('_', '-')}" + (f"; only {', '.join(others)} can" if others else ""))
     if "run" in takes and "run" not in given:
         raise ValueError(f"benchmark {name} measures a finished run: add --run RUN, e.g. the folder that `ega run config/quickstart.yaml` wrote")
-    shown = "".join(f" --{option}" + ("" if value is True else f" {value}") for option, value in given.items())
+    shown = "".join(f" --{option.replace('_', '-')}" + ("" if value is True else f" {value}") for option, value in given.items())
     result = {"command": f"ega bench {name}{shown}", **known[name](**given)}
     if plot is not None and "series" not in result:
         raise ValueError(f"benchmark {name} has no course to plot")

@@ -214,7 +214,7 @@ def doctor() -> None:
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="Speed and cost: latency, load, v2-decode, cluster-attention, auction, sampling, generator, oracle, flops. On a finished run: payments, bidders. Experiments: ab, alarms, events. The paper's tables: table1, table2, table3, scaling, sensitivity, v2. Other people's data: sequential, next-poi, serp.")],
+    name: Annotated[str, typer.Argument(help="Speed and cost: latency, load, v2-decode, cluster-attention, auction, sampling, generator, oracle, flops. On a finished run: payments, bidders. Experiments: ab, alarms, events. The paper's tables: table1, table2, table3, table4, scaling, sensitivity, v2. Other people's data: sequential, next-poi, serp; peers: speed beside another library.")],
     out: Annotated[Optional[Path], typer.Option(help="Also write the figures to this JSON file.")] = None,  # noqa: UP045
     run: Annotated[Optional[Path], typer.Option(help="Folder of a finished run, for payments, bidders and load.")] = None,  # noqa: UP045
     plot: Annotated[Optional[Path], typer.Option(help="Also draw the course of bidders into this SVG file.")] = None,  # noqa: UP045
@@ -222,15 +222,16 @@ def bench(
     device: Annotated[Optional[str], typer.Option(help="cpu or cuda, for latency (default: cpu).")] = None,  # noqa: UP045
     seconds: Annotated[Optional[float], typer.Option(min=1.0, help="Length of the overload in load (default: 60).")] = None,  # noqa: UP045
     config: Annotated[Optional[Path], typer.Option(help="Run configuration of a table's market and models (default: config/tables.yaml).")] = None,  # noqa: UP045
-    data: Annotated[Optional[Path], typer.Option(help="Folder of data for sequential, next-poi and serp, or its name under $EGA_DATA (default: games, nyc, serp there); check-ins of a table's market.")] = None,  # noqa: UP045
-    seed: Annotated[Optional[int], typer.Option(help="Seed of sequential, next-poi and serp (default 0).")] = None,  # noqa: UP045
+    data: Annotated[Optional[Path], typer.Option(help="Folder of data for sequential, next-poi, serp and peers, or its name under $EGA_DATA (default: games, nyc, serp, games there); check-ins of a table's market.")] = None,  # noqa: UP045
+    seed: Annotated[Optional[int], typer.Option(help="Seed of sequential, next-poi, serp and peers (default 0); of table4 (default: the configuration's).")] = None,  # noqa: UP045
     seeds: Annotated[Optional[int], typer.Option(min=1, help="Markets of a table, each with a seed of its own (default: 5 for table1, 3 for the others).")] = None,  # noqa: UP045
+    peer_python: Annotated[Optional[Path], typer.Option(help="Python in which RecBole is installed, for peers (docs/measuring.md).")] = None,  # noqa: UP045
     quick: Annotated[Optional[bool], typer.Option("--quick", help="Tiny sizes: shows that everything works, not how well.")] = None,  # noqa: UP045
 ) -> None:
     """Measure speed (medians and ratios within one run), what pricing rules do to honesty and revenue, or the paper's tables."""
     from cli.bench import bench as command
 
-    raise typer.Exit(_guarded(lambda: command(name, out, plot, run=run, steps=steps, seconds=seconds, device=device, config=config, data=data, seed=seed, seeds=seeds, quick=quick)))
+    raise typer.Exit(_guarded(lambda: command(name, out, plot, run=run, steps=steps, seconds=seconds, device=device, config=config, data=data, seed=seed, seeds=seeds, peer_python=peer_python, quick=quick)))
 
 
 @app.command()

@@ -24,6 +24,11 @@ class ActivationUnit(nn.Module):
 
     def forward(self, ad_BND: Tensor, ad_mask_BN: Tensor, behaviour_BLD: Tensor, mask_BL: Tensor) -> Tensor:
         """[B, N, L], 0 for masked behaviours; not normalised, so that the strength of an interest survives (Zhou et al. 2018, Sec. 4.3)."""
+        few = ad_BND.shape[1] * int(mask_BL.sum()) < self.product.out_features * mask_BL.numel()
+        return (self._pairs if few else self._factored)(ad_BND, ad_mask_BN, behaviour_BLD, mask_BL)
+
+    def _factored(self, ad_BND: Tensor, ad_mask_BN: Tensor, behaviour_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+        """For many candidates: one weight matrix [D, H] a behaviour, whether it is real or not."""
         batch, ads, width = ad_BND.shape
         length = behaviour_BLD.shape[1]
         # (a * b) W = a (b * W): [B, L, D, H] instead of [B, N, L, D].
@@ -33,6 +38,14 @@ class ActivationUnit(nn.Module):
         real = ad_mask_BN.unsqueeze(2) & mask_BL.unsqueeze(1)
         x = self.dice(x.reshape(batch, ads * length, -1), real.reshape(batch, -1))
         return torch.where(mask_BL.unsqueeze(1), self.rest(x).reshape(batch, ads, length), 0.0)
+
+    def _pairs(self, ad_BND: Tensor, ad_mask_BN: Tensor, behaviour_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+        """For few candidates, or much padding: the products [P, N, D] of the P real behaviours alone."""
+        request, at = mask_BL.nonzero(as_tuple=True)
+        behaviour_PD = behaviour_BLD[request, at]
+        x = self.product(ad_BND[request] * behaviour_PD.unsqueeze(1)) + self.candidate(ad_BND)[request] + self.behaviour(behaviour_PD).unsqueeze(1)
+        weight_PN = self.rest(self.dice(x, ad_mask_BN[request])).squeeze(-1)
+        return weight_PN.new_zeros(len(mask_BL), mask_BL.shape[1], ad_BND.shape[1]).index_put((request, at), weight_PN).transpose(1, 2)
 
 
 class Din(nn.Module):

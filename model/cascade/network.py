@@ -31,7 +31,7 @@ class Recall(nn.Module):
 
     def request_vectors(self, batch: Batch) -> Tensor:
         tokens, mask = self.features.behaviours(batch.behaviours, self.features.user(batch.user_fields, batch.context_fields))
-        return self.sequence.encode_tokens(tokens.flip(1), mask.flip(1))[:, -1]
+        return self.sequence.encode_newest(tokens.flip(1), mask.flip(1))
 
     def ad_vectors(self, ad_fields: Tensor) -> Tensor:
         return self.features.ads(ad_fields)

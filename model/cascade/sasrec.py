@@ -27,12 +27,18 @@ class CausalBlock(nn.Module):
         self.up, self.down = nn.Linear(width, width), nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x_BLD: Tensor, attend_B1LL: Tensor) -> Tensor:
-        batch, length, width = x_BLD.shape
-        qkv = self.qkv(self.norm_attention(x_BLD)).reshape(batch, length, 3, self.heads, width // self.heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+    def forward(self, x_BLD: Tensor, attend_B1LL: Tensor, newest: bool = False) -> Tensor:
+        """[B, L, D], or with `newest` the last column alone, [B, 1, D]: the others then serve as keys and values only."""
+        batch, _, width = x_BLD.shape
+        normed = self.norm_attention(x_BLD)
+        if newest:
+            x_BLD, attend_B1LL = x_BLD[:, -1:], attend_B1LL[:, :, -1:]
+            parts = [F.linear(normed[:, -1:], self.qkv.weight[:width], self.qkv.bias[:width]), *F.linear(normed, self.qkv.weight[width:], self.qkv.bias[width:]).chunk(2, -1)]
+        else:
+            parts = list(self.qkv(normed).chunk(3, -1))
+        query, key, value = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts)
         heads = F.scaled_dot_product_attention(query, key, value, attn_mask=attend_B1LL, dropout_p=self.dropout.p if self.training else 0.0)
-        x_BLD = x_BLD + self.dropout(self.out(heads.transpose(1, 2).reshape(batch, length, width)))
+        x_BLD = x_BLD + self.dropout(self.out(heads.transpose(1, 2).reshape(batch, -1, width)))
         return x_BLD + self.dropout(self.down(self.dropout(F.relu(self.up(self.norm_forward(x_BLD))))))
 
 
@@ -63,8 +69,26 @@ class SasRec(nn.Module):
         """States [B, L, D] after each item of right-aligned sequences; 0 where there is padding."""
         return self.encode_tokens(self.item(items_BL) * math.sqrt(self.item.embedding_dim), items_BL != PADDING)
 
+    def newest(self, items_BL: Tensor) -> Tensor:
+        """State [B, D] after the newest item: `forward(items_BL)[:, -1]` without what nobody reads."""
+        return self.encode_newest(self.item(items_BL) * math.sqrt(self.item.embedding_dim), items_BL != PADDING)
+
     def encode_tokens(self, x_BLD: Tensor, mask_BL: Tensor) -> Tensor:
         """`forward` on tokens that the caller embedded; what masked tokens hold changes nothing. L <= length."""
+        x, attend = self._inputs(x_BLD, mask_BL)
+        for block in self.blocks:
+            x = block(x, attend)
+        return torch.where(mask_BL.unsqueeze(-1), self.norm(x), 0.0)
+
+    def encode_newest(self, x_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+        """`encode_tokens(x_BLD, mask_BL)[:, -1]`, [B, D]: the last block computes the newest column alone."""
+        x, attend = self._inputs(x_BLD, mask_BL)
+        for number, block in enumerate(self.blocks, 1):
+            x = block(x, attend, newest=number == len(self.blocks))
+        return torch.where(mask_BL[:, -1:], self.norm(x[:, -1]), 0.0)
+
+    def _inputs(self, x_BLD: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens with their positions, and which attends to which, [B, 1, L, L]."""
         columns = x_BLD.shape[1]
         if columns > self.length:
             raise ValueError(f"sequences of {columns} items do not fit into length {self.length}; keep the newest {self.length}")
@@ -74,9 +98,7 @@ class SasRec(nn.Module):
         causal = torch.ones(columns, columns, dtype=torch.bool, device=x.device).tril()
         # Padding attends to itself alone, since a row without any key has no softmax; nothing real ever reads it.
         attend = (causal & mask_BL.unsqueeze(1)) | torch.eye(columns, dtype=torch.bool, device=x.device)
-        for block in self.blocks:
-            x = block(x, attend.unsqueeze(1))
-        return torch.where(real, self.norm(x), 0.0)
+        return x, attend.unsqueeze(1)
 
     def scores(self, state_BD: Tensor, items_BN: Tensor | None = None) -> Tensor:
         """Dot products with the item table: [B, N] for items [B, N], or [B, items] with all of it (column 0 is padding)."""

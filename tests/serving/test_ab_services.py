@@ -90,6 +90,18 @@ def test_arms_that_do_not_fit_the_plan_are_named(market):
         _drive(run, home, MonitorConfig(plan=ExperimentPlan(others={"third": 0.3})), DriverConfig())
 
 
+@pytest.mark.parametrize(("prices", "url", "named"), [
+    ({"nobody": "gsp"}, None, "names arm 'nobody'; the plan's arms are control, ega"),
+    ({"control": "gsp"}, None, "arm 'control' has no service of its own"),
+    ({"ega": "gsp"}, "http://127.0.0.1:1", "leave --url and shadow out"),
+])  # fmt: skip
+def test_a_price_rule_that_no_service_would_follow_is_named(market, prices, url, named):
+    run, home = market
+    driver = DriverConfig(treatment_policy="ega-v1:0123456789ab")
+    with pytest.raises(ab.AbError, match=named):
+        ab.execute(ab.Experiment(run, home, MonitorConfig(), driver, price_modes=prices, url=url, progress=False))
+
+
 @pytest.mark.soak
 def test_two_models_run_beside_each_other_and_as_a_shadow(market):
     run, home = market

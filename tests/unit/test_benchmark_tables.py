@@ -10,12 +10,13 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks import tables
+from benchmarks import online, tables
 from benchmarks.flops import PAPER, appendix, count
 from benchmarks.results import write_results
 from cli.bench import bench
 from model.ega_v1.network import NetworkConfig
 from model.evaluation.metrics import auc
+from pipelines.config import load_run_config
 
 pytestmark = pytest.mark.timeout(1200)  # three small trainings; a slow machine is no failure
 
@@ -38,6 +39,9 @@ def test_table1_compares_three_trained_models_by_evaluator_and_truth(first: Path
     for row in rows.values():
         assert 0 < row["recall"] <= 1 and 0 < row["auc"] < 1 and row["true_erpm"] > 0 and row["psi_exact"] >= 0 and row["welfare_of_limit"] <= 100
     assert rows["mca"]["gap_closed"] == 0 and rows["mca"]["psi_exact"] > rows["ega_v1"]["psi_exact"]  # GSP is not truthful
+    assert 0 < rows["mca"]["true_erpm_equilibrium"] < rows["mca"]["true_erpm"]  # VCG prices of the same ranking never exceed GSP's
+    for rival in ("MCA", "FS-LTR"):
+        assert result["differences"][f"true eRPM as published over {rival} with GSP at equilibrium"]["lift"] > result["differences"][f"true eRPM over {rival}, as published"]["lift"]
     for name, entry in result["differences"].items():
         assert entry["low"] <= entry["lift"] <= entry["high"], name
     assert result["command"] == "ega bench table1 --quick" and result["minutes"] > 0
@@ -74,6 +78,43 @@ def test_recalls_are_compared_on_requests_with_something_to_find() -> None:
 def test_independent_seeds_are_pooled() -> None:
     found = tables.pooled([{"lift": 0.1, "low": 0.0, "high": 0.2}, {"lift": 0.3, "low": 0.0, "high": 0.6}])
     assert found["lift"] == pytest.approx(0.2) and found["high"] - 0.2 == pytest.approx(np.hypot(0.1, 0.3) / 2) and found["least"] == 0.1
+
+
+def test_a_table_of_online_changes_says_what_is_unknown() -> None:
+    known, unknown = {"lift": 0.052, "lift_low": -0.01, "lift_high": 0.12}, {"lift": np.nan, "lift_low": np.nan, "lift_high": np.nan}
+    lifts = {"ctr": known, "rpm": known, "roi": unknown, "response_ms": known}
+    rows = online._lifts({"A/A: MCA in both arms": {"lifts": lifts, "true_lifts": {}}, "prices of the gates": {"lifts": lifts, "true_lifts": {"ctr": known, "rpm": known}}})
+    assert [row["paper"] for row in rows] == ["+5.2 %", "+13.6 %", "+3.1 %", "+2.2 %"]
+    assert rows[0]["prices of the gates"] == rows[0]["prices of the gates, true"] == "+5.2 % (-1.0 to +12.0)"
+    assert rows[2]["prices of the gates"] == "unknown" and rows[2]["prices of the gates, true"] == "" and "A/A: MCA in both arms, true" not in rows[0]
+
+
+def test_a_model_that_the_gates_refuse_ends_table4_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.local.run_pipeline", lambda *arguments, **options: "rejected: eRPM 3 against 4")
+    config, run = load_run_config(tables.QUICK), tmp_path / "runs" / "market"
+    run.mkdir(parents=True)
+    with pytest.raises(ValueError, match="the gates refused MCA, and an A/B test serves approved models only; rejected: eRPM 3 against 4"):
+        online._approved(config, run, tmp_path / "home" / "ci")
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_table4_drives_both_approved_models_with_simulated_users(tmp_path: Path) -> None:
+    out = tmp_path / "table4.json"
+    assert bench("table4", out, quick=True) == 0
+    result = json.loads(out.read_text())
+    assert [row["paper"] for row in result["table"]] == ["+5.2 %", "+13.6 %", "+3.1 %", "+2.2 %"] and result["seeds"] == [7]
+    same, gates, published = result["experiments"].values()
+    versions = {kind: tag.split(":")[1] for kind, tag in result["approved"].items()}
+    assert versions["MCA"] != versions["EGA-V1"]
+    for entry, treatment, prices in ((same, "MCA", "critical"), (gates, "EGA-V1", "critical"), (published, "EGA-V1", "gsp")):
+        assert (entry["arms"]["control"]["version"], entry["arms"]["ega"]["version"]) == (versions["MCA"], versions[treatment])
+        assert entry["arms"]["control"]["prices"] == prices and entry["verdict"] != "Invalid: do not read the numbers"
+        assert all(arm["requests"] > 0 and arm["users"] > 1 and arm["response_ms"] > 0 for arm in entry["arms"].values())
+    # The same users, requests and pages in both comparisons; GSP charges no less than what is truthful.
+    assert gates["arms"]["control"]["ctr"] == published["arms"]["control"]["ctr"] and gates["true_lifts"]["ctr"] == published["true_lifts"]["ctr"]
+    assert published["true_lifts"]["rpm"]["lift"] < gates["true_lifts"]["rpm"]["lift"]
+    assert len(gates["days"]) == 2 and same["true_lifts"]["rpm"]["lift_low"] < 0 < same["true_lifts"]["rpm"]["lift_high"]
 
 
 def test_flops_are_counted_on_the_network() -> None:

@@ -88,3 +88,17 @@ def test_a_sequence_longer_than_the_positions_is_refused(network: SasRec) -> Non
         network(torch.ones(1, LENGTH + 1, dtype=torch.long))
     with pytest.raises(ValueError, match="multiple of heads"):
         SasRec(ITEMS, 15, 1, 2, LENGTH)
+
+
+def test_the_newest_state_alone_is_that_of_the_whole_sequence(network: SasRec) -> None:
+    items = torch.cat([sequence(5, 9, 2), sequence(*range(1, LENGTH + 1)), sequence()])
+    gradients = []
+    for state in (network(items)[:, -1], network.newest(items)):
+        network.zero_grad()
+        state.square().sum().backward()
+        gradients.append((state.detach(), [parameter.grad.clone() for parameter in network.parameters()]))
+    (whole, wanted), (newest, found) = gradients
+    torch.testing.assert_close(newest, whole, rtol=1e-5, atol=1e-6)
+    assert bool((newest[:2] != 0).any(1).all()) and bool((newest[2] == 0).all())
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

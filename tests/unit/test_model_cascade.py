@@ -12,6 +12,7 @@ import torch
 from model_tiny import CASCADE, NETWORK, SIZES, TRAINING, random_batch
 from samples_fixture import tiny_samples
 
+from components.candidate import off_policy_rows
 from marketplace import schema
 from model.bundle import load_bundle, write_bundle
 from model.cascade.config import CascadeConfig
@@ -55,20 +56,39 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 # Networks
 
 
-def test_the_split_activation_unit_equals_the_concatenated_one() -> None:
+@pytest.mark.parametrize("count", [4, 8])  # few ads for the hidden units, and many: two ways to compute the same
+def test_the_split_activation_unit_equals_the_concatenated_one(count: int) -> None:
     """DIN's unit reads (ad, behaviour, ad - behaviour, ad * behaviour) through one layer; splitting that layer changes nothing."""
     torch.manual_seed(0)
     unit = ActivationUnit(6, (5, 3)).eval()
-    ads, behaviours = torch.randn(2, 4, 6), torch.randn(2, 7, 6)
+    ads, behaviours = torch.randn(2, count, 6), torch.randn(2, 7, 6)
     mask = torch.arange(7) < torch.tensor([[7], [3]])
     # One weight [5, 24] over the concatenation: the difference adds its part to the ad's and takes it from the behaviour's.
     difference = torch.randn(5, 6)
     whole = torch.cat([unit.candidate.weight - difference, unit.behaviour.weight + difference, difference, unit.product.weight], 1)
-    a, b = ads[:, :, None].expand(-1, -1, 7, -1), behaviours[:, None].expand(-1, 4, -1, -1)
+    a, b = ads[:, :, None].expand(-1, -1, 7, -1), behaviours[:, None].expand(-1, count, -1, -1)
     x = torch.cat([a, b, a - b, a * b], -1) @ whole.T + unit.candidate.bias
-    expected = unit.rest(unit.dice(x.reshape(2, 28, 5))).reshape(2, 4, 7) * mask.unsqueeze(1)
-    found = unit(ads, torch.ones(2, 4, dtype=torch.bool), behaviours, mask)
+    expected = unit.rest(unit.dice(x.reshape(2, 7 * count, 5))).reshape(2, count, 7) * mask.unsqueeze(1)
+    found = unit(ads, torch.ones(2, count, dtype=torch.bool), behaviours, mask)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_both_ways_of_the_activation_unit_train_alike() -> None:
+    """Output, gradients and Dice's statistics, with padding among behaviours and ads and a request without any behaviour."""
+    torch.manual_seed(0)
+    ads, behaviours = torch.randn(3, 6, 6), torch.randn(3, 7, 6)
+    mask, ad_mask = torch.arange(7) < torch.tensor([[7], [3], [0]]), torch.arange(6) < torch.tensor([[6], [4], [6]])
+    factored, pairs = ActivationUnit(6, (5, 3)), ActivationUnit(6, (5, 3))
+    pairs.load_state_dict(factored.state_dict())
+    seen = []
+    for unit, call in ((factored, factored._factored), (pairs, pairs._pairs)):
+        inputs = ads.clone().requires_grad_(), behaviours.clone().requires_grad_()
+        out = call(inputs[0], ad_mask, inputs[1], mask)
+        (out * ad_mask.unsqueeze(2)).square().sum().backward()
+        seen.append([out, *(x.grad for x in inputs), *(weight.grad for weight in unit.parameters()), unit.dice.mean, unit.dice.variance])
+    assert seen[0][0].abs().sum() > 0 and (seen[1][0][2] == 0).all()
+    for one, other in zip(*seen, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
 def test_towers_read_padding_never_and_each_ad_by_itself() -> None:
@@ -218,6 +238,8 @@ def test_replay_judges_a_cascade_by_the_same_measures(trained: SimpleNamespace) 
     # Separable clicks that do not rise down the page: critical prices are exactly truthful for who reaches the auction.
     assert result.metrics["psi"]["critical"]["psi_exact_model"] == pytest.approx(0.0, abs=1e-9)
     assert result.metrics["psi"]["gsp"]["psi_exact_model"] > 0
+    # The run's report reads them too, though a cascade has no ranking by q*b beside its own.
+    assert {row[0] for row in off_policy_rows({**result.metrics, "price_mode": "critical"}, None)} == {"logged", "fs_ltr/critical"}
 
 
 def test_the_engine_serves_the_page_of_the_replay(trained: SimpleNamespace, tmp_path: Path) -> None:

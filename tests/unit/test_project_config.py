@@ -19,6 +19,17 @@ def test_every_named_run_parses_and_is_called_like_its_file(path, tmp_path):
     assert load_run_config(tmp_path / "resolved.yaml") == config
 
 
+def test_the_papers_run_has_the_papers_sizes():
+    """Sec. 5.1 and Appendix A.1, as `ega bench flops` counts them."""
+    from benchmarks.flops import PAPER
+
+    config = load_run_config(CONFIGS[0].parent / "paper.yaml")
+    assert {name: getattr(config.model, name) for name in PAPER} == PAPER
+    assert (config.model.feed_forward, config.model.slots, config.features.behaviours, config.sampling.unexposed) == (4, 5, 1000, 2995)
+    assert config.world.synthetic.ads_per_city == 100_000
+    assert (config.training.pretrain.learning_rate, config.training.pretrain.batch) == (1e-3, 128)
+
+
 @pytest.mark.parametrize(("text", "named"), [
     ("name: a\nsampling: {unexposd: 3}", "sampling.unexposd"),
     ("name: a\nlearning_rate: 1", "learning_rate"),
