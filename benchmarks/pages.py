@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from benchmarks.tables import ROOT, Market, market, mean_and_deviation, pooled, provenance, say, seeds_of
+from benchmarks.tables import ROOT, Market, market, mean_and_deviation, pooled, provenance, say, seed_by_seed, seeds_of
 
 if TYPE_CHECKING:
     from pipelines.config import RunConfig
@@ -87,21 +87,25 @@ def policies(place: Market, psi: dict[str, float]) -> Iterator[pd.DataFrame]:
     yield with_selected(place, likeliest).assign(above=likeliest["above"])
 
 
-def v2(config: Path | None = None, seeds: int = 5, quick: bool = False) -> dict[str, Any]:
+def v2(config: Path | None = None, seeds: int = 5, quick: bool = False, keep: Path | None = None) -> dict[str, Any]:
     """EGA (V2), GR, MCA and EGA-V1 with ablations, all with GSP: true clicks, revenue and welfare, and what organic results lose."""
     from marketplace.truth import paired_lift
     from pipelines.config import load_run_config
 
     path = config or DEFAULT
     markets = seeds_of(load_run_config(path).seed, 1 if quick else seeds)
-    started, per_seed, lifts, regrets = time.monotonic(), [], [], []
-    for seed in markets:
-        regrets.append({})
+    started = time.monotonic()
+
+    def one(seed: int) -> dict[str, Any]:
+        psi: dict[str, float] = {}
         with market(path, seed, None, _tiny if quick else None) as place:
-            scored = place.truth(pd.concat(policies(place, regrets[-1]), ignore_index=True))
+            scored = place.truth(pd.concat(policies(place, psi), ignore_index=True))
         means = scored.groupby("policy")[["clicks", "revenue", "bid_welfare", "organic_clicks"]].mean()
-        per_seed.append({policy: {name: float(value) for name, value in row.items()} for policy, row in means.iterrows()})
-        lifts.append({policy: paired_lift(scored, policy, "ega_v2") for policy in ROWS if policy != "ega_v2"})
+        rows = {str(policy): {str(name): float(value) for name, value in row.items()} for policy, row in means.iterrows()}
+        return {"rows": rows, "lifts": {policy: paired_lift(scored, policy, "ega_v2") for policy in ROWS if policy != "ega_v2"}, "psi": psi}
+
+    seeds_found = seed_by_seed(path, markets, keep, one)
+    per_seed, lifts, regrets = ([each[name] for each in seeds_found] for name in ("rows", "lifts", "psi"))
     summary = {policy: mean_and_deviation([found[policy] for found in per_seed]) for policy in ROWS}
     table = [
         {

@@ -6,6 +6,7 @@ Per request, as the paper counts offline: eCTR sums click probabilities over the
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -125,6 +126,27 @@ def provenance(path: Path, seeds: list[int], started: float) -> dict[str, Any]:
 def seeds_of(first: int, count: int) -> list[int]:
     """`count` seeds from the configuration's own on."""
     return list(range(first, first + count))
+
+
+def seed_by_seed(path: Path, markets: list[int], keep: Path | None, work: Callable[[int], dict[str, Any]]) -> list[dict[str, Any]]:
+    """What `work` gives for every seed. In the folder `keep` each seed is written down as it ends, so that a stopped table goes on where it was: seeds
+    of the same configuration and code are taken from there."""
+    from model.bundle import write_atomic
+    from model.evaluation.evaluate import finite_only
+    from pipelines.version import code_version
+
+    of, found = {"config": path.read_text(), "code_version": code_version()}, []
+    for seed in markets:
+        file = None if keep is None else keep / f"{seed}.json"
+        if file is not None and file.is_file() and (record := json.loads(file.read_text()))["of"] == of:
+            say(f"seed {seed}: from {file}")
+            found.append(record["found"])
+            continue
+        result = work(seed)
+        if file is not None:
+            write_atomic(file, json.dumps({"of": of, "found": finite_only(result)}).encode())
+        found.append(result)
+    return found
 
 
 def mean_and_deviation(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -256,18 +278,21 @@ def compare_kinds(place: Market) -> tuple[dict[str, dict[str, float]], dict[str,
     return rows, lifts
 
 
-def table1(config: Path | None = None, data: Path | None = None, seeds: int = 5, quick: bool = False) -> dict[str, Any]:
+def table1(config: Path | None = None, data: Path | None = None, seeds: int = 5, quick: bool = False, keep: Path | None = None) -> dict[str, Any]:
     """Table 1: MCA, FS-LTR and EGA-V1. The cascades charge GSP, as published, and critical prices for equal terms."""
     path, markets = _setting(config, seeds, quick)
-    started, per_seed, lifts = time.monotonic(), [], []
-    for seed in markets:
+    started = time.monotonic()
+
+    def one(seed: int) -> dict[str, Any]:
         with market(path, seed, data) as place:
-            found = compare_kinds(place)
-        per_seed.append(found[0])
-        lifts.append(found[1])
+            rows, lifts = compare_kinds(place)
+        return {"rows": rows, "lifts": lifts}
+
+    found = seed_by_seed(path, markets, keep, one)
+    per_seed, lifts = [each["rows"] for each in found], [each["lifts"] for each in found]
     summary = {kind: mean_and_deviation([rows[kind] for rows in per_seed]) for kind in NAMES}
     table = [{"model": NAMES[kind], **{COLUMNS[key]: _spread(value) for key, value in summary[kind].items()}} for kind in NAMES]
-    differences = {name: pooled([found[name] for found in lifts]) for name in lifts[0]}
+    differences = {name: pooled([each[name] for each in lifts]) for name in lifts[0]}
     return {
         **provenance(path, markets, started), "table": table, "summary": summary, "differences": differences,
         "second_table": [{"EGA-V1": name, "mean": value["lift"], "95 % interval": f"{value['low']:+.4f} to {value['high']:+.4f}", "least of a seed": value["least"]} for name, value in differences.items()],
@@ -299,13 +324,14 @@ ABLATIONS: dict[str, dict[str, Any]] = {"-gcf": {"gcf_on_ads": False}, "-mif": {
 """Table 2; -auf is the full model's own ranking by q*b."""
 
 
-def table2(config: Path | None = None, data: Path | None = None, seeds: int = 3, quick: bool = False) -> dict[str, Any]:
+def table2(config: Path | None = None, data: Path | None = None, seeds: int = 3, quick: bool = False, keep: Path | None = None) -> dict[str, Any]:
     """Table 2: EGA-V1 without cluster attention among ads, without mid-fusion, without AucFormer; critical prices for all."""
     from marketplace.truth import paired_lift
 
     path, markets = _setting(config, seeds, quick)
-    started, per_seed, lifts = time.monotonic(), [], []
-    for seed in markets:
+    started = time.monotonic()
+
+    def one(seed: int) -> dict[str, Any]:
         with market(path, seed, data) as place:
             whole = place.train("ega_v1", replace(place.config.model, kind="ega_v1"), until="rlaf")
             pages, aucs = [], {}
@@ -320,13 +346,16 @@ def table2(config: Path | None = None, data: Path | None = None, seeds: int = 3,
             scored, judged = place.truth(every), refereed(place, whole, every)
         means = scored.groupby("policy")[["clicks", "revenue", "welfare"]].mean()
         names = ["ega_v1", *ABLATIONS, "-auf"]
-        per_seed.append({
+        rows = {
             name: {"auc": aucs[name], "ectr": float(judged.loc[name, "ectr"]), "erpm": float(judged.loc[name, "erpm"]), "true_ectr": 100 * float(means.loc[name, "clicks"]), "true_erpm": 1000 * float(means.loc[name, "revenue"])}
             for name in names
-        })  # fmt: skip
-        lifts.append({name: paired_lift(scored, "ega_v1", name) for name in names[1:]})
+        }  # fmt: skip
+        return {"rows": rows, "lifts": {name: paired_lift(scored, "ega_v1", name) for name in names[1:]}}
+
+    found = seed_by_seed(path, markets, keep, one)
+    per_seed, lifts = [each["rows"] for each in found], [each["lifts"] for each in found]
     summary = {name: mean_and_deviation([rows[name] for rows in per_seed]) for name in per_seed[0]}
-    effects = {name: pooled([found[name] for found in lifts]) for name in lifts[0]}
+    effects = {name: pooled([each[name] for each in lifts]) for name in lifts[0]}
     table = [
         {"model": name, **{COLUMNS[key]: _spread(value) for key, value in values.items()},
          "true eRPM against the whole": "" if name == "ega_v1" else _lift(effects[name])}
@@ -348,24 +377,27 @@ PAPER_TABLE3 = {
 """Paper, Table 3: AUC and Dev."""
 
 
-def table3(config: Path | None = None, data: Path | None = None, seeds: int = 3, quick: bool = False) -> dict[str, Any]:
+def table3(config: Path | None = None, data: Path | None = None, seeds: int = 3, quick: bool = False, keep: Path | None = None) -> dict[str, Any]:
     """Table 3: AUC on sampled candidates and Dev of the set-aware pCTR, with and without explicit crosses and with parts of MIF removed."""
     from marketplace import schema
     from model.training.stages import newest, pretrain_metrics
 
     path, markets = _setting(config, seeds, quick)
-    started, per_seed = time.monotonic(), []
+    started = time.monotonic()
     variants = {name: {**change, "cross_features": True} for name, change in TABLE3.items()}
     variants |= {f"{name}, no crosses": {**TABLE3[name], "cross_features": False} for name in ("EGA-V1", "MCA")}
-    for seed in markets:
-        rows = {}
+
+    def one(seed: int) -> dict[str, Any]:
+        rows: dict[str, Any] = {}
         with market(path, seed, data) as place:
             test = newest(place.samples.split_rows(schema.TEST), place.config.evaluation.calibration_requests)
             for name, change in variants.items():
                 network = place.train(name, replace(place.config.model, **{"kind": "ega_v1", **change}), until="pretrain")
                 found = pretrain_metrics(network, place.samples, test, 128)
                 rows[name] = {"auc": found["auc"], "auc_exposed": found["auc_exposed"], "dev": found["dev"]}
-        per_seed.append(rows)
+        return rows
+
+    per_seed = seed_by_seed(path, markets, keep, one)
     summary = {name: mean_and_deviation([rows[name] for rows in per_seed]) for name in per_seed[0]}
     table = [
         {"model": name, "AUC": _spread(values["auc"]), "AUC, exposed": _spread(values["auc_exposed"]), "Dev": _spread(values["dev"]), "paper: AUC, Dev": " ".join(map(str, PAPER_TABLE3[name]))}

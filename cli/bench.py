@@ -68,6 +68,8 @@ def bench(name: str, out: Path | None = None, plot: Path | None = None, **option
     if "run" in takes and "run" not in given:
         raise ValueError(f"benchmark {name} measures a finished run: add --run RUN, e.g. the folder that `ega run config/quickstart.yaml` wrote")
     shown = "".join(f" --{option.replace('_', '-')}" + ("" if value is True else f" {value}") for option, value in given.items())
+    if out is not None and "keep" in takes:
+        given["keep"] = out.with_suffix(".seeds")
     result = {"command": f"ega bench {name}{shown}", **known[name](**given)}
     if plot is not None and "series" not in result:
         raise ValueError(f"benchmark {name} has no course to plot")

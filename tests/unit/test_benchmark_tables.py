@@ -132,3 +132,25 @@ def test_a_benchmark_names_the_options_that_it_takes() -> None:
         bench("table1", steps=3)
     with pytest.raises(ValueError, match="benchmark bidders measures a finished run: add --run RUN"):
         bench("bidders")
+
+
+def test_a_stopped_table_goes_on_where_it_was(tmp_path) -> None:
+    """Seeds that ended are read again; those of another configuration, or none, are worked on."""
+    from benchmarks.tables import seed_by_seed
+
+    config, asked = tmp_path / "config.yaml", []
+    config.write_text("a: 1\n")
+
+    def work(seed: int) -> dict[str, float]:
+        asked.append(seed)
+        if seed == 9:
+            raise KeyboardInterrupt
+        return {"value": 0.1 * seed, "missing": float("nan")}
+
+    with pytest.raises(KeyboardInterrupt):
+        seed_by_seed(config, [7, 8, 9], tmp_path / "kept", work)
+    assert [each["value"] for each in seed_by_seed(config, [7, 8], tmp_path / "kept", work)] == pytest.approx([0.7, 0.8]) and asked == [7, 8, 9]
+    config.write_text("a: 2\n")
+    seed_by_seed(config, [7], tmp_path / "kept", work)
+    seed_by_seed(config, [8], None, work)
+    assert asked == [7, 8, 9, 7, 8]
