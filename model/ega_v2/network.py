@@ -524,21 +524,24 @@ class PaymentNetwork(nn.Module):
     """Price per click of every ad of a page, at the level of POIs; 0 <= p <= b by construction, and an organic item pays 0.
 
     Reads the item's state on the page, the other items' bids in page order and z * pCTR. Those alone are blind to the own bid, and a
-    price rate that is blind to it makes shading pay always; `forward` therefore reads the own bid too.
+    price rate that is blind to it makes shading pay always; `forward` therefore reads the own bid too. And it reads two prices that come with the search,
+    over the own bid: the next ad's bid in this place and Clarke's price over the proposed pages; both say how far down the ad could have bid.
     """
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.slots = config.slots
         self.reduce = nn.Linear(config.width, 16)
-        self.mlp = MLP(16 + 1 + (config.slots - 1) + 1, config.tower_hidden, 1, zero_last=True)
+        self.mlp = MLP(16 + 1 + (config.slots - 1) + 3, config.tower_hidden, 1, zero_last=True)
 
-    def forward(self, state_BKD: Tensor, bid_BK: Tensor, exposure_BK: Tensor, reserve_BK: Tensor) -> Tensor:
-        """Payments per click [B, K] in the unit of `bid`; bids over the city's median, 0 in organic and empty slots; exposure is z * pCTR."""
+    def forward(self, state_BKD: Tensor, bid_BK: Tensor, exposure_BK: Tensor, reserve_BK: Tensor, rival_BK: Tensor, pivot_BK: Tensor) -> Tensor:
+        """Payments per click [B, K] in the unit of `bid`; bids over the city's median, 0 in organic and empty slots; exposure is z * pCTR; rival and
+        pivot: what the next ad and the other pages would have paid per click."""
         batch, slots = bid_BK.shape
         others = bid_BK.unsqueeze(1).expand(-1, slots, -1)
         others = others[:, ~torch.eye(slots, dtype=torch.bool)].view(batch, slots, slots - 1)
         others = F.pad(others, (0, self.slots - slots))
-        x = torch.cat([self.reduce(state_BKD), exposure_BK.unsqueeze(-1), torch.log1p(others), torch.log1p(bid_BK).unsqueeze(-1)], -1)
+        shares = torch.stack([(price / bid_BK.clamp(min=1e-6)).clamp(0.0, 1.0) for price in (rival_BK, pivot_BK)], -1)
+        x = torch.cat([self.reduce(state_BKD), exposure_BK.unsqueeze(-1), torch.log1p(others), torch.log1p(bid_BK).unsqueeze(-1), shares], -1)
         price = bid_BK * torch.sigmoid(self.mlp(x).squeeze(-1))
         return torch.minimum(torch.maximum(price, reserve_BK), bid_BK)

@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as config_dataclass
 from torch import Tensor
 
-from model.ega_v2.allocation import ItemFeatures, items_of, page_values
+from model.ega_v2.allocation import ItemFeatures, items_of
 from model.ega_v2.beam import Catalogue, Offers, Pages, best_page, search
 from model.ega_v2.config import SearchConfig
 from model.ega_v2.network import Decoding, EgaV2, History, Memory, RewardModel
@@ -44,8 +44,12 @@ class PaymentConfig(LoopConfig):
     """Validation requests."""
     multiplier: float = Field(2.0, ge=0)
     """lambda at the start."""
+    most_multiplier: float = Field(50.0, gt=0)
+    """lambda at most: pages are searched for, so that some regret is left whatever is charged, and without a bound nothing but it would count."""
     rho: float = Field(5.0, gt=0)
     """Quadratic penalty, and step of lambda."""
+    identity_weight: float = Field(20.0, ge=0)
+    """Weight of the distance to Myerson's prices on the regenerated pages (`identity_prices`), in expected payments; 0: regret alone, as printed."""
     psi_target: float = Field(0.015, gt=0)
     """Regret over utility, displayed ads and losers together, at which revenue starts to decide which weights are kept."""
     losers: int = Field(2, ge=0)
@@ -73,6 +77,8 @@ class Shown:
     rival: Tensor
     """[..., P] bid * chance of a click of the next ad if it stood in this place: the one below (the two change places), below the last the best ad
     of the other proposed pages (instead of it); 0 where there is none."""
+    pivot: Tensor
+    """[..., P] what the others of the page lose by this ad, per click: Clarke's price if the proposed pages were all there are and no bid changed them."""
 
     def take(self, index: Tensor) -> Shown:
         """Some of the requests."""
@@ -114,26 +120,50 @@ def shown_pages(
     batch, slots = len(offers.bid), network.config.slots
     wide = Memory(memory.token.expand(batch, -1, -1), memory.mask.expand(batch, -1))
     pages = search(lambda part: Decoding(network, Memory(wide.token[part], wide.mask[part]), config.beams, slots), catalogue, offers, slots, config, requests_at_once=batch)
-    many = ItemFeatures(*(values.expand(batch, *values.shape[1:]) for values in vars(features).values()))
-    value, worth = page_values(network, wide, pages, offers, many)
+    rows = torch.arange(batch)
+    chance = _chances(network.reward, memory, pages, features)
+    worth = chance * _bids(offers, pages)
+    value = worth.sum(-1)
     best = best_page(pages, value if best_of_beam else pages.score)
-    rival = _rivals(network, wide, pages, best, offers, many)
-    found = Pages(*(values[torch.arange(batch), best].unsqueeze(1) for values in vars(pages).values()))
+    rival = _rivals(network, memory, pages, best, offers, features)
+    found = Pages(*(values[rows, best].unsqueeze(1) for values in vars(pages).values()))
     ad = found.ad[:, 0]
-    states = []
-    for row in range(batch):
-        own = Pages(*(values[row : row + 1] for values in vars(found).values()))
-        states.append(network.reward.states(memory, items_of(own, many, row)))
-    bid = torch.where(ad >= 0, torch.gather(offers.bid, 1, ad.clamp(min=0)), 0.0)
-
-    def chance(worth: Tensor) -> Tensor:
-        return torch.where(ad >= 0, worth / bid.clamp(min=1e-12), 0.0)
-
-    ctr = chance(worth[torch.arange(batch), best])
-    judged = ctr if judge is None else chance(page_values(network, wide, found, offers, many, judge)[1][:, 0])
+    states = network.reward.states(memory, items_of(_as_one(found), features, 0))
+    bid, ctr = _bids(offers, found)[:, 0], chance[rows, best] * (ad >= 0)
+    judged = ctr if judge is None else _chances(judge, memory, found, features)[:, 0] * (ad >= 0)
     floor = torch.where(ad >= 0, reserve[ad.clamp(min=0)], 0.0)
-    shown = Shown(torch.cat(states), *(values.float() for values in (bid, ctr, judged, found.poi_log_z[:, 0].exp() * ctr, floor, rival)))
+    pivot = _pivots(pages, value, worth, best) / ctr.clamp(min=1e-12)
+    shown = Shown(states, *(values.float() for values in (bid, ctr, judged, found.poi_log_z[:, 0].exp() * ctr, floor, rival, torch.minimum(pivot, bid))))
     return shown, found, pages
+
+
+def _as_one(pages: Pages) -> Pages:
+    """The pages [B, R, P] of B offers to one request as so many pages of that request."""
+    return Pages(*(values.flatten(0, 1).unsqueeze(0) for values in vars(pages).values()))
+
+
+def _chances(reward: RewardModel, memory: Memory, pages: Pages, features: ItemFeatures) -> Tensor:
+    """[B, R, P] float64 chance of a click on what each place of the pages shows to the one request of `memory`; 0 in empty places."""
+    flat = _as_one(pages)
+    items = items_of(flat, features, 0)
+    chance = torch.sigmoid(reward(memory, items).poi_click.double()) * (items.poi >= 0).all(-1)
+    return chance.view(pages.ad.shape)
+
+
+def _bids(offers: Offers, pages: Pages) -> Tensor:
+    """[B, R, P] float64 bid of the ad in each place, 0 elsewhere."""
+    bid = torch.gather(offers.bid.double(), 1, pages.ad.clamp(min=0).flatten(1)).view(pages.ad.shape)
+    return torch.where(pages.ad >= 0, bid, 0.0)
+
+
+def _pivots(pages: Pages, value_BR: Tensor, worth_BRP: Tensor, best: Tensor) -> Tensor:
+    """[B, P] for each ad of the pages `best` [B]: the others' worth on the best proposed page for them, less theirs on this one; 0 where there is no ad."""
+    rows = torch.arange(len(best))
+    ad = pages.ad[rows, best]
+    own = (worth_BRP.unsqueeze(1) * (pages.ad.unsqueeze(1) == ad[:, :, None, None])).sum(-1)  # [B, P, R]
+    others = torch.where(torch.isfinite(pages.score).unsqueeze(1), value_BR.unsqueeze(1) - own, -torch.inf)
+    lost = others.amax(-1) - torch.gather(others, 2, best.view(-1, 1, 1).expand(-1, ad.shape[1], 1)).squeeze(-1)
+    return torch.where(ad >= 0, lost, 0.0)
 
 
 def _rivals(network: EgaV2, memory: Memory, pages: Pages, best: Tensor, offers: Offers, features: ItemFeatures) -> Tensor:
@@ -172,7 +202,7 @@ def _rivals(network: EgaV2, memory: Memory, pages: Pages, best: Tensor, offers: 
         return rows[torch.arange(batch).unsqueeze(1), index].unflatten(1, (most, places))
 
     changed = Pages(pages.score.new_zeros(batch, most), *(pick(values) for name, values in vars(pages).items() if name != "score"))
-    _, worth = page_values(network, memory, changed, offers, features)
+    worth = _chances(network.reward, memory, changed, features) * _bids(offers, changed)
     for row, mine in enumerate(variants):
         at = torch.nonzero(flat[row, int(best[row]) * places : (int(best[row]) + 1) * places] >= 0).squeeze(1)
         if len(at):
@@ -240,7 +270,7 @@ def prices(network: EgaV2, pages: Shown, rule: Rule) -> Tensor:
     if rule == "learned":
         lead = pages.bid.shape[:-1]
         flat = Shown(*(values.flatten(0, len(lead) - 1) if len(lead) > 1 else values for values in vars(pages).values()))
-        return network.payment(flat.state, flat.bid, flat.exposure, flat.reserve).view(pages.bid.shape)
+        return network.payment(flat.state, flat.bid, flat.exposure, flat.reserve, flat.rival / flat.ctr.clamp(min=1e-12), flat.pivot).view(pages.bid.shape)
     return torch.minimum(torch.maximum(pages.rival / pages.ctr.clamp(min=1e-12), pages.reserve), pages.bid)
 
 
@@ -272,19 +302,44 @@ def psi_of(network: EgaV2, found: Audit, rule: Rule) -> dict[str, float]:
     return {"psi": psi, "losers": losers, "revenue": float(paid.sum()) / len(found.place)}
 
 
+def identity_prices(found: Audit, factors: Tensor) -> tuple[Tensor, Tensor]:
+    """Myerson's price per click of every trial bid, and the clicks that it is for: [Q, A, G] each.
+
+    p(b) x(b) = b x(b) - the integral of x from the reserve to b, x being what regeneration gave, between the bids that were tried. Truthful as far as x
+    does not fall with the bid and runs straight between two of them: here a target, not a rule. factors [G] ascend.
+    """
+    there = found.trial_place.clamp(min=0).unsqueeze(-1)
+    real = found.trial_place >= 0
+    clicks, reserve = (torch.where(real, torch.gather(values, -1, there).squeeze(-1), 0.0) for values in (found.trial.ctr, found.trial.reserve))
+    bid = found.value.unsqueeze(-1) * factors
+    floor = torch.minimum(torch.where(real, reserve, torch.inf).amin(-1, keepdim=True), bid[..., :1])
+    first = clicks[..., :1] * (bid[..., :1] - floor)
+    steps = (clicks[..., 1:] + clicks[..., :-1]) / 2 * (bid[..., 1:] - bid[..., :-1])
+    area = torch.cat([first, first + steps.cumsum(-1)], -1)
+    return torch.minimum(torch.maximum(bid - area / clicks.clamp(min=1e-12), reserve), bid), clicks
+
+
 def train_payment(network: EgaV2, training: Audit, check: Audit, config: PaymentConfig, folder: Path, fingerprint: dict[str, Any], device: Device) -> StageResult:
     """Stage 5: revenue less lambda * regret less rho / 2 * regret^2 (means a request); lambda follows the regret that is left."""
     parameters = network.enter_stage("payment")
     multiplier = torch.tensor(config.multiplier)
 
+    factors = torch.tensor(config.misreports)
+    target, clicks = identity_prices(training, factors)
+    wanted = (clicks > 0) & (training.ad >= 0).unsqueeze(-1)
+
     def step(chosen: np.ndarray, _: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        paid, utility, gained = outcomes(network, training.take(torch.from_numpy(chosen)), "learned")
+        part = torch.from_numpy(chosen)
+        mine = training.take(part)
+        paid, utility, gained = outcomes(network, mine, "learned")
         regret = regret_of(utility, gained)
         revenue, lost = paid.sum() / len(chosen), regret.sum() / len(chosen)
-        loss = -revenue + multiplier.clone() * lost + 0.5 * config.rho * lost**2
+        price = torch.gather(prices(network, mine.trial, "learned"), -1, mine.trial_place.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        off = (torch.abs(price - target[part]) * clicks[part] * wanted[part]).sum() / len(chosen) / len(factors)
+        loss = config.identity_weight * off - revenue + multiplier.clone() * lost + 0.5 * config.rho * lost**2
         with torch.no_grad():
-            multiplier.add_(config.rho * lost.detach())
-        return loss, {"psi": float(regret.detach().sum() / utility.detach().sum().clamp(min=1e-9))}
+            multiplier.add_(config.rho * lost.detach()).clamp_(max=config.most_multiplier)
+        return loss, {"psi": float(regret.detach().sum() / utility.detach().sum().clamp(min=1e-9)), "off": float(off.detach())}
 
     def validate() -> dict[str, float]:
         found = psi_of(network, check, "learned")

@@ -22,7 +22,7 @@ from model.ega_v2.beam import Offers, Pages, search
 from model.ega_v2.config import SearchConfig, V2Config
 from model.ega_v2.data import PageData, places_of_page
 from model.ega_v2.model import AUDIENCE_WIDTH, audiences
-from model.ega_v2.payment import RULES, Audit, PaymentConfig, Shown, outcomes, prices, psi_of, regret_of, shown_pages
+from model.ega_v2.payment import RULES, Audit, PaymentConfig, Shown, identity_prices, outcomes, prices, psi_of, regret_of, shown_pages
 from model.ega_v2.replay import city_scores, read_logged, read_pages, replay_v2
 from model.ega_v2.stages import PretrainConfig, RewardConfig, RlafConfig, V2TrainingConfig, marginal_rewards
 from model.ega_v2.tokenizer import TokenizerError
@@ -186,17 +186,53 @@ def test_gsp_and_regret_by_hand() -> None:
     """Places: ad, organic item, ad, empty. In the first place the second ad would be clicked as often as the first: 1 * .5 = .5 below it."""
     bid, ctr = torch.tensor([[4.0, 0.0, 1.0, 0.0]]), torch.tensor([[0.5, 0.0, 0.25, 0.0]])
     state, none = torch.zeros(1, 4, 2), torch.zeros(1, 4)
-    page = Shown(state, bid, ctr, ctr, ctr, torch.tensor([[0.1, 0.0, 0.2, 0.0]]), torch.tensor([[0.5, 0.0, 0.01, 0.0]]))
+    page = Shown(state, bid, ctr, ctr, ctr, torch.tensor([[0.1, 0.0, 0.2, 0.0]]), torch.tensor([[0.5, 0.0, 0.01, 0.0]]), none)
     assert prices(None, page, "gsp").tolist() == [[1.0, 0.0, pytest.approx(0.2), 0.0]]
     # Ad 1 lies and stands third at a third of the price: utility (4 - 0.2) * 0.25 = 0.95 against (4 - 1) * 0.5 = 1.5: no regret. Ad 2 lies to the top.
-    low = Shown(state, torch.tensor([[0.5, 0.0, 0.0, 0.0]]), torch.tensor([[0.25, 0.0, 0.0, 0.0]]), ctr, ctr, torch.tensor([[0.2, 0.0, 0.0, 0.0]]), none)
-    high = Shown(state, torch.tensor([[8.0, 0.0, 0.0, 0.0]]), torch.tensor([[0.5, 0.0, 0.0, 0.0]]), ctr, ctr, torch.tensor([[0.2, 0.0, 0.0, 0.0]]), none)
+    low = Shown(state, torch.tensor([[0.5, 0.0, 0.0, 0.0]]), torch.tensor([[0.25, 0.0, 0.0, 0.0]]), ctr, ctr, torch.tensor([[0.2, 0.0, 0.0, 0.0]]), none, none)
+    high = Shown(state, torch.tensor([[8.0, 0.0, 0.0, 0.0]]), torch.tensor([[0.5, 0.0, 0.0, 0.0]]), ctr, ctr, torch.tensor([[0.2, 0.0, 0.0, 0.0]]), none, none)
     trial = Shown(*(torch.stack([a, b], 1).unsqueeze(2) for a, b in zip(vars(low).values(), vars(high).values(), strict=True)))
     found = Audit(page, torch.tensor([[7, 9]]), torch.tensor([[0, 2]]), torch.tensor([[4.0, 1.0]]), trial, torch.tensor([[[0], [0]]]))
     paid, utility, gained = outcomes(None, found, "gsp")
     regret = regret_of(utility, gained)
     assert paid.tolist() == [[0.5, pytest.approx(0.05)]] and utility.tolist() == [[1.5, pytest.approx(0.2)]]
     assert regret.tolist() == [[0.0, pytest.approx((1.0 - 0.2) * 0.5 - 0.2)]]
+
+
+def test_myersons_price_of_regenerated_pages_by_hand() -> None:
+    """One ad worth 2: no clicks at half its bid, .1 at its bid, .3 at twice. Area under x up to 2: .1 * (2 - 1) / 2; p = 2 - .05 / .1 = 1.5; at 4: .05 + .2 * 2 = .45, p = 4 - 1.5."""
+    shape = (1, 1, 3, 1)
+    ctr = torch.tensor([0.0, 0.1, 0.3]).view(shape)
+    trial = Shown(torch.zeros(*shape, 2), torch.tensor([1.0, 2.0, 4.0]).view(shape), ctr, ctr, ctr, torch.full(shape, 0.5), torch.zeros(shape), torch.zeros(shape))
+    truth = Shown(*(values[:, 0, 1] for values in vars(trial).values()))
+    found = Audit(truth, torch.tensor([[3]]), torch.tensor([[0]]), torch.tensor([[2.0]]), trial, torch.tensor([[[-1, 0, 0]]]))
+    price, clicks = identity_prices(found, torch.tensor([0.5, 1.0, 2.0]))
+    assert clicks.flatten().tolist() == pytest.approx([0.0, 0.1, 0.3])
+    assert price.flatten()[1:].tolist() == pytest.approx([1.5, 2.5])
+    # At these prices no bid of the three gains over the truth: 2 -> (2 - 1.5) * .1 = .05, 4 -> (2 - 2.5) * .3 < 0.
+    gained = (2.0 - price) * clicks
+    assert gained.argmax() == 1
+
+
+@torch.inference_mode()
+def test_pivots_are_what_the_others_lose(data) -> None:
+    """Against a loop over proposed pages and ads."""
+    samples, network, config = data.samples, data.model.core, SearchConfig(beams=6)
+    mine, history, catalogue, offers, features = next(iter(data.groups(samples.split_rows(schema.TEST)[:1], 3)))
+    found = data.city_offers(int(samples.day[mine[0]]), int(samples.city_code[mine[0]]))
+    memory = network.encode(history)
+    shown, page, proposed = shown_pages(network, memory, catalogue, offers, features, torch.from_numpy(found.city.reserve), config)
+    _, worth = page_values(network, memory, proposed, offers, features)
+    real = [r for r in range(config.beams) if np.isfinite(float(proposed.score[0, r]))]
+    best = next(r for r in real if torch.equal(proposed.ad[0, r], page.ad[0, 0]) and torch.equal(proposed.creative[0, r], page.creative[0, 0]))
+    for place, ad in enumerate(page.ad[0, 0].tolist()):
+        if ad < 0:
+            assert float(shown.pivot[0, place]) == 0
+            continue
+        others = {r: float(worth[0, r][proposed.ad[0, r] != ad].sum()) for r in real}
+        lost = max(others.values()) - others[best]
+        expected = min(lost / float(shown.ctr[0, place]), float(shown.bid[0, place]))
+        assert float(shown.pivot[0, place]) == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 @torch.inference_mode()

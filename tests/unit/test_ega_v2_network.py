@@ -269,13 +269,15 @@ def test_payments_lie_between_reserve_and_bid_and_organic_items_pay_nothing() ->
     generator = torch.Generator().manual_seed(1)
     bid = torch.randn(50, 3, generator=generator).exp() * (torch.rand(50, 3, generator=generator) < 0.7)
     reserve, exposure = 0.6 * bid * torch.rand(50, 3, generator=generator), torch.rand(50, 3, generator=generator)
-    price = model.payment(states, bid, exposure, reserve)
+    rival, pivot = (2 * bid * torch.rand(50, 3, generator=generator) for _ in range(2))
+    price = model.payment(states, bid, exposure, reserve, rival, pivot)
     assert bool((price <= bid).all()) and bool((price >= reserve).all()) and bool((price[bid == 0] == 0).all())
     assert bool((price[bid > 0] > 0).all()) and len(price[bid > 0].unique()) > 50
-    assert torch.equal(model.payment(states, bid, exposure, bid + 1), bid)
+    assert torch.equal(model.payment(states, bid, exposure, bid + 1, rival, pivot), bid)
     louder = bid.clone()
     louder[:, 0] += 5
-    assert not torch.allclose(model.payment(states, louder, exposure, reserve)[:, 1], price[:, 1])
+    assert not torch.allclose(model.payment(states, louder, exposure, reserve, rival, pivot)[:, 1], price[:, 1])
+    assert not torch.allclose(model.payment(states, bid, exposure, reserve, 0.1 * rival, pivot), price)
 
 
 @pytest.mark.parametrize(("change", "message"), [({"heads": 3}, "multiple of heads"), ({"tower_hidden": ()}, "tower_hidden"), ({"slots": 0}, "slots"), ({"unknown": 1}, "unknown")])
