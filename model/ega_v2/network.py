@@ -190,7 +190,8 @@ class DecoderBlock(nn.Module):
         return self._rest(x_BTD, self.memory_attention.keys(memory), memory.bias)
 
     def _rest(self, x_BTD: Tensor, keys: tuple[Tensor, Tensor], bias_BL: Tensor) -> Tensor:
-        x_BTD = x_BTD + self.memory_attention(self.norm_memory(x_BTD), keys, bias_BL)
+        tokens = self.norm_memory(x_BTD).view(len(bias_BL), -1, x_BTD.shape[-1])  # where all read one memory they are so many tokens to it
+        x_BTD = x_BTD + self.memory_attention(tokens, keys, bias_BL).view(x_BTD.shape)
         return x_BTD + self.forward_layer(self.norm_forward(x_BTD))
 
     def step(self, x_BRD: Tensor, past_TXE: Tensor, at: int, keys: tuple[Tensor, Tensor], bias_BL: Tensor) -> Tensor:
@@ -373,12 +374,13 @@ def generation_losses(logits: PageLogits, poi_BKC: Tensor, creative_BKE: Tensor)
 class Decoding:
     """`EgaV2` as a `beam.Decoder`: keys and values of all beams, one token a step."""
 
-    def __init__(self, network: EgaV2, memory: Memory, beams: int, slots: int) -> None:
+    def __init__(self, network: EgaV2, memory: Memory, beams: int, slots: int, batch: int | None = None) -> None:
+        """`batch`: so many searches for the one request of `memory`, e.g. with other bids; by default one for each of its requests."""
         if slots > network.config.slots:
             raise ValueError(f"a page of {slots} slots was asked of a network for {network.config.slots}")
-        self.network, self.beams, self.batch, self.bias = network, beams, len(memory.token), memory.bias
+        self.network, self.beams, self.batch, self.bias = network, beams, len(memory.token) if batch is None else batch, memory.bias
         self.parts = [
-            _Part(blocks, memory, beams, slots * layers)
+            _Part(blocks, memory, self.batch * beams, slots * layers)
             for blocks, layers in ((network.poi_blocks, network.sizes.poi_layers), (network.creative_blocks, network.sizes.creative_layers))
         ]
         self.state = memory.token.new_zeros(self.batch, beams, network.config.width)
@@ -417,10 +419,10 @@ class Decoding:
 class _Part:
     """Blocks of one decoder with keys and values of all its tokens so far, [blocks, T, B * R, 2 D]."""
 
-    def __init__(self, blocks: nn.ModuleList, memory: Memory, beams: int, length: int) -> None:
+    def __init__(self, blocks: nn.ModuleList, memory: Memory, rows: int, length: int) -> None:
         self.blocks, self.length = blocks, 0
         self.keys = [block.memory_attention.keys(memory) for block in blocks]
-        shape = (len(blocks), length, len(memory.token) * beams, 2 * memory.token.shape[-1])
+        shape = (len(blocks), length, rows, 2 * memory.token.shape[-1])
         self.past, self.spare = memory.token.new_zeros(shape), memory.token.new_zeros(shape)
         self.moved: Tensor | None = None
 

@@ -118,8 +118,7 @@ def shown_pages(
     reward model has chosen. `judge` reads the same pages.
     """
     batch, slots = len(offers.bid), network.config.slots
-    wide = Memory(memory.token.expand(batch, -1, -1), memory.mask.expand(batch, -1))
-    pages = search(lambda part: Decoding(network, Memory(wide.token[part], wide.mask[part]), config.beams, slots), catalogue, offers, slots, config, requests_at_once=batch)
+    pages = search(lambda _: Decoding(network, memory, config.beams, slots, batch), catalogue, offers, slots, config, requests_at_once=batch)
     rows = torch.arange(batch)
     chance = _chances(network.reward, memory, pages, features)
     worth = chance * _bids(offers, pages)
