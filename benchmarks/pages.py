@@ -37,6 +37,10 @@ ROWS = {
 """Policies of the table, in its order; all but "learned" charge GSP."""
 
 
+ALPHAS, BETAS, SWEPT = (0.0, 0.5, 1.0, 1.5, 2.0), (0.02, 0.2, 2.0), 60
+"""Weights of money in the search that the plot of the first seed compares, on so many test requests."""
+
+
 def with_selected(place: Market, pages: pd.DataFrame, above: str | None = None) -> pd.DataFrame:
     """Pages of ads with the selector's creative of the day; `above` "top": all ads before all organic results, else alternating."""
     samples = place.samples
@@ -49,8 +53,9 @@ def with_selected(place: Market, pages: pd.DataFrame, above: str | None = None) 
     return pages.assign(creative_id=creative, above=0 if above == "top" else np.minimum(pages["slot"].to_numpy() - 1, items))
 
 
-def policies(place: Market, psi: dict[str, float]) -> Iterator[pd.DataFrame]:
-    """Pages of every policy of ROWS on the same test requests; `psi` gains that of each price rule on EGA (V2)'s pages."""
+def policies(place: Market, psi: dict[str, float], sweep: bool) -> Iterator[pd.DataFrame]:
+    """Pages of every policy of ROWS on the same test requests; `psi` gains that of each price rule on EGA (V2)'s pages. With `sweep` also pages of every pair of
+    ALPHAS and BETAS, on some of the requests: policies "alpha A, beta B"."""
     from marketplace import schema
     from model.ega_v2.data import PageData
     from model.ega_v2.payment import RULES, psi_of
@@ -85,6 +90,9 @@ def policies(place: Market, psi: dict[str, float]) -> Iterator[pd.DataFrame]:
     yield priced(generated(plain, rows), "-rlaf", "gsp")
     likeliest = priced(generated(plain, rows, best_of_beam=False), "gr", "gsp")
     yield with_selected(place, likeliest).assign(above=likeliest["above"])
+    some = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), SWEPT)).astype(int))]
+    for alpha, beta in [(alpha, beta) for alpha in ALPHAS for beta in BETAS] if sweep else ():
+        yield priced(generated(data, some, alpha=alpha, beta=beta), f"alpha {alpha:g}, beta {beta:g}", "gsp")
 
 
 def v2(config: Path | None = None, seeds: int = 5, quick: bool = False, keep: Path | None = None) -> dict[str, Any]:
@@ -99,7 +107,7 @@ def v2(config: Path | None = None, seeds: int = 5, quick: bool = False, keep: Pa
     def one(seed: int) -> dict[str, Any]:
         psi: dict[str, float] = {}
         with market(path, seed, None, _tiny if quick else None) as place:
-            scored = place.truth(pd.concat(policies(place, psi), ignore_index=True))
+            scored = place.truth(pd.concat(policies(place, psi, seed == markets[0]), ignore_index=True))
         means = scored.groupby("policy")[["clicks", "revenue", "bid_welfare", "organic_clicks"]].mean()
         rows = {str(policy): {str(name): float(value) for name, value in row.items()} for policy, row in means.iterrows()}
         return {"rows": rows, "lifts": {policy: paired_lift(scored, policy, "ega_v2") for policy in ROWS if policy != "ega_v2"}, "psi": psi}
@@ -117,7 +125,9 @@ def v2(config: Path | None = None, seeds: int = 5, quick: bool = False, keep: Pa
     table = [{**row, "psi %": 100 * mean_and_deviation(regrets)[rule]["mean"] if (rule := {"ega_v2": "gsp", "learned": "learned"}.get(policy, "")) else float("nan")} for policy, row in zip(ROWS, table, strict=True)]
     differences = {policy: pooled([found[policy] for found in lifts]) for policy in lifts[0]}
     second = [{"EGA (V2), true eRPM over": ROWS[policy], "mean": value["lift"], "95 % interval": f"{value['low']:+.4f} to {value['high']:+.4f}"} for policy, value in differences.items()]
-    return {**provenance(path, markets, started), "table": table, "second_table": second, "summary": summary, "differences": differences, "per_seed": per_seed, "psi": mean_and_deviation(regrets), "psi_per_seed": regrets}
+    series = {f"beta {beta:g}": [1000 * per_seed[0][f"alpha {alpha:g}, beta {beta:g}"]["bid_welfare"] for alpha in ALPHAS] for beta in BETAS}
+    axes = ("alpha", f"bid * clicks per 1000 requests, truth, seed {markets[0]}", [f"{alpha:g}" for alpha in ALPHAS])
+    return {**provenance(path, markets, started), "table": table, "second_table": second, "series": series, "axes": axes, "summary": summary, "differences": differences, "per_seed": per_seed, "psi": mean_and_deviation(regrets), "psi_per_seed": regrets}
 
 
 def _tiny(config: RunConfig) -> RunConfig:
@@ -127,7 +137,7 @@ def _tiny(config: RunConfig) -> RunConfig:
     training = config.training
     v2 = replace(
         training.ega_v2, pretrain=replace(training.ega_v2.pretrain, **short), reward=replace(training.ega_v2.reward, **short),
-        evaluation=replace(training.ega_v2.evaluation, **short), payment=replace(training.ega_v2.payment, **(short | {"batch": 4, "requests": 4, "validation_requests": 4, "misreports": (0.5, 1.5)})),
+        evaluation=replace(training.ega_v2.evaluation, **short), payment=replace(training.ega_v2.payment, **(short | {"batch": 4, "requests": 4, "validation_requests": 4, "misreports": (0.5, 1.0, 1.5)})),
         rlaf=replace(training.ega_v2.rlaf, **(short | {"batch": 4, "requests": 16, "validation_requests": 4, "beams": 4})),
     )  # fmt: skip
     names = ("recall", "prerank", "pretrain", "reward", "evaluation", "rlaf", "payment")

@@ -54,8 +54,12 @@ class PaymentConfig(LoopConfig):
     """Regret over utility, displayed ads and losers together, at which revenue starts to decide which weights are kept."""
     losers: int = Field(2, ge=0)
     """Ads a request, next to those displayed, that try other bids too: of other proposed pages, best first."""
-    misreports: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 0.9, 1.1, 1.25, 1.6, 2.0)
-    """Bids tried, as factors of the value."""
+    misreports: tuple[float, ...] = (0.05, 0.2, 0.4, 0.6, 0.8, 1.0, 1.25, 1.7, 2.5)
+    """Bids tried, as factors of the value, ascending; the prices of the identity run straight between them."""
+
+    def __post_init__(self) -> None:
+        if not self.misreports or self.misreports[0] <= 0 or any(low >= high for low, high in zip(self.misreports, self.misreports[1:], strict=False)):
+            raise ValueError(f"misreports must ascend and be above 0, got {self.misreports}")
 
 
 @dataclass(frozen=True)

@@ -149,9 +149,11 @@ def calibration_svg(labels: np.ndarray, scores: np.ndarray, bins: int = 10) -> s
     return _svg(figure)
 
 
-def lines_svg(series: dict[str, list[float]], x: str, y: str) -> str:
-    """Named lines over their index."""
+def lines_svg(series: dict[str, list[float]], x: str, y: str, ticks: list[str] | None = None) -> str:
+    """Named lines over their index, or over what `ticks` calls it."""
     figure, axes = _axes()
+    if ticks is not None:
+        axes.set_xticks(range(len(ticks)), ticks)
     for name, values in series.items():
         axes.plot(values, label=name, lw=1.8)
     axes.set_xlabel(x)

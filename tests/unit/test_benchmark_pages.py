@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.pages import ROWS, v2
+from benchmarks.pages import ALPHAS, BETAS, ROWS, v2
 
 
 @pytest.mark.soak
 def test_the_table_has_every_policy_and_every_ablation() -> None:
     result = v2(quick=True)
     assert [row["policy"] for row in result["table"]] == list(ROWS.values())
-    assert all(np.isfinite(row["true eRPM"]) and row["true eRPM, GSP"] > 0 for row in result["table"])
+    assert all(np.isfinite(row["true eRPM"]) and row["true eRPM"] > 0 for row in result["table"])
+    assert set(result["series"]) == {f"beta {beta:g}" for beta in BETAS} and all(len(line) == len(ALPHAS) and min(line) > 0 for line in result["series"].values())
     assert set(result["differences"]) == set(ROWS) - {"ega_v2"}
