@@ -77,7 +77,7 @@ def table4(drive: Drive, config: Path | None = None, data: Path | None = None, s
             found[arms.name] = _read(world, run / "experiment", result)
     labels = {tag: NAMES[kind] for kind, tag in tags.items()}
     return {
-        **provenance(path, [setting.seed], started), "table": _lifts(found), "second_table": _arm_rows(found, labels), "approved": {NAMES[kind]: tag for kind, tag in tags.items()},
+        **provenance(path, [setting.seed], (time.monotonic() - started) / 60), "table": _lifts(found), "second_table": _arm_rows(found, labels), "approved": {NAMES[kind]: tag for kind, tag in tags.items()},
         "price_modes": {NAMES[kind]: mode for kind, mode in chosen.items()}, "experiments": found, "paper": {name: f"{value:+.1f} %" for name, value in PAPER_TABLE4.items()},
     }  # fmt: skip
 

@@ -6,7 +6,6 @@ chooses ads, creatives and places at once. All charge GSP, so that revenue diffe
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -102,7 +101,6 @@ def v2(config: Path | None = None, seeds: int = 5, quick: bool = False, keep: Pa
 
     path = config or DEFAULT
     markets = seeds_of(load_run_config(path).seed, 1 if quick else seeds)
-    started = time.monotonic()
 
     def one(seed: int) -> dict[str, Any]:
         psi: dict[str, float] = {}
@@ -112,7 +110,7 @@ def v2(config: Path | None = None, seeds: int = 5, quick: bool = False, keep: Pa
         rows = {str(policy): {str(name): float(value) for name, value in row.items()} for policy, row in means.iterrows()}
         return {"rows": rows, "lifts": {policy: paired_lift(scored, policy, "ega_v2") for policy in ROWS if policy != "ega_v2"}, "psi": psi}
 
-    seeds_found = seed_by_seed(path, markets, keep, one)
+    seeds_found, minutes = seed_by_seed(path, markets, keep, one)
     per_seed, lifts, regrets = ([each[name] for each in seeds_found] for name in ("rows", "lifts", "psi"))
     summary = {policy: mean_and_deviation([found[policy] for found in per_seed]) for policy in ROWS}
     table = [
@@ -127,7 +125,7 @@ def v2(config: Path | None = None, seeds: int = 5, quick: bool = False, keep: Pa
     second = [{"EGA (V2), true eRPM over": ROWS[policy], "mean": value["lift"], "95 % interval": f"{value['low']:+.4f} to {value['high']:+.4f}"} for policy, value in differences.items()]
     series = {f"beta {beta:g}": [1000 * per_seed[0][f"alpha {alpha:g}, beta {beta:g}"]["bid_welfare"] for alpha in ALPHAS] for beta in BETAS}
     axes = ("alpha", f"bid * clicks per 1000 requests, truth, seed {markets[0]}", [f"{alpha:g}" for alpha in ALPHAS])
-    return {**provenance(path, markets, started), "table": table, "second_table": second, "series": series, "axes": axes, "summary": summary, "differences": differences, "per_seed": per_seed, "psi": mean_and_deviation(regrets), "psi_per_seed": regrets}
+    return {**provenance(path, markets, minutes), "table": table, "second_table": second, "series": series, "axes": axes, "summary": summary, "differences": differences, "per_seed": per_seed, "psi": mean_and_deviation(regrets), "psi_per_seed": regrets}
 
 
 def _tiny(config: RunConfig) -> RunConfig:

@@ -108,7 +108,7 @@ def market(path: Path, seed: int, data: Path | None, change: Callable[[RunConfig
         yield Market(config, world, Samples(base / "samples"), base)
 
 
-def provenance(path: Path, seeds: list[int], started: float) -> dict[str, Any]:
+def provenance(path: Path, seeds: list[int], minutes: float) -> dict[str, Any]:
     """Where a table comes from: configuration, seeds, code, versions, time."""
     import platform
 
@@ -119,7 +119,7 @@ def provenance(path: Path, seeds: list[int], started: float) -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()  # noqa: S607
     return {
         "config": path.name, "seeds": seeds, "git_commit": commit or None, "code_version": code_version(), "python": platform.python_version(),
-        "torch": torch.__version__, "numpy": np.__version__, "threads": torch.get_num_threads(), "minutes": (time.monotonic() - started) / 60,
+        "torch": torch.__version__, "numpy": np.__version__, "threads": torch.get_num_threads(), "minutes": minutes,
     }  # fmt: skip
 
 
@@ -128,25 +128,28 @@ def seeds_of(first: int, count: int) -> list[int]:
     return list(range(first, first + count))
 
 
-def seed_by_seed(path: Path, markets: list[int], keep: Path | None, work: Callable[[int], dict[str, Any]]) -> list[dict[str, Any]]:
-    """What `work` gives for every seed. In the folder `keep` each seed is written down as it ends, so that a stopped table goes on where it was: seeds
+def seed_by_seed(path: Path, markets: list[int], keep: Path | None, work: Callable[[int], dict[str, Any]]) -> tuple[list[dict[str, Any]], float]:
+    """What `work` gives for every seed, and the minutes that it took. In the folder `keep` each seed is written down as it ends, so that a stopped table goes on where it was: seeds
     of the same configuration and code are taken from there."""
     from model.bundle import write_atomic
     from model.evaluation.evaluate import finite_only
     from pipelines.version import code_version
 
-    of, found = {"config": path.read_text(), "code_version": code_version()}, []
+    of, found, minutes = {"config": path.read_text(), "code_version": code_version()}, [], 0.0
     for seed in markets:
         file = None if keep is None else keep / f"{seed}.json"
         if file is not None and file.is_file() and (record := json.loads(file.read_text()))["of"] == of:
             say(f"seed {seed}: from {file}")
             found.append(record["found"])
+            minutes += record["minutes"]
             continue
-        result = work(seed)
+        started = time.monotonic()
+        result, took = work(seed), (time.monotonic() - started) / 60
         if file is not None:
-            write_atomic(file, json.dumps({"of": of, "found": finite_only(result)}).encode())
+            write_atomic(file, json.dumps({"of": of, "minutes": took, "found": finite_only(result)}).encode())
         found.append(result)
-    return found
+        minutes += took
+    return found, minutes
 
 
 def mean_and_deviation(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -281,20 +284,19 @@ def compare_kinds(place: Market) -> tuple[dict[str, dict[str, float]], dict[str,
 def table1(config: Path | None = None, data: Path | None = None, seeds: int = 5, quick: bool = False, keep: Path | None = None) -> dict[str, Any]:
     """Table 1: MCA, FS-LTR and EGA-V1. The cascades charge GSP, as published, and critical prices for equal terms."""
     path, markets = _setting(config, seeds, quick)
-    started = time.monotonic()
 
     def one(seed: int) -> dict[str, Any]:
         with market(path, seed, data) as place:
             rows, lifts = compare_kinds(place)
         return {"rows": rows, "lifts": lifts}
 
-    found = seed_by_seed(path, markets, keep, one)
+    found, minutes = seed_by_seed(path, markets, keep, one)
     per_seed, lifts = [each["rows"] for each in found], [each["lifts"] for each in found]
     summary = {kind: mean_and_deviation([rows[kind] for rows in per_seed]) for kind in NAMES}
     table = [{"model": NAMES[kind], **{COLUMNS[key]: _spread(value) for key, value in summary[kind].items()}} for kind in NAMES]
     differences = {name: pooled([each[name] for each in lifts]) for name in lifts[0]}
     return {
-        **provenance(path, markets, started), "table": table, "summary": summary, "differences": differences,
+        **provenance(path, markets, minutes), "table": table, "summary": summary, "differences": differences,
         "second_table": [{"EGA-V1": name, "mean": value["lift"], "95 % interval": f"{value['low']:+.4f} to {value['high']:+.4f}", "least of a seed": value["least"]} for name, value in differences.items()],
         "per_seed": per_seed, "differences_per_seed": lifts, "paper": PAPER_TABLE1,
     }  # fmt: skip
@@ -329,7 +331,6 @@ def table2(config: Path | None = None, data: Path | None = None, seeds: int = 3,
     from marketplace.truth import paired_lift
 
     path, markets = _setting(config, seeds, quick)
-    started = time.monotonic()
 
     def one(seed: int) -> dict[str, Any]:
         with market(path, seed, data) as place:
@@ -352,7 +353,7 @@ def table2(config: Path | None = None, data: Path | None = None, seeds: int = 3,
         }  # fmt: skip
         return {"rows": rows, "lifts": {name: paired_lift(scored, "ega_v1", name) for name in names[1:]}}
 
-    found = seed_by_seed(path, markets, keep, one)
+    found, minutes = seed_by_seed(path, markets, keep, one)
     per_seed, lifts = [each["rows"] for each in found], [each["lifts"] for each in found]
     summary = {name: mean_and_deviation([rows[name] for rows in per_seed]) for name in per_seed[0]}
     effects = {name: pooled([each[name] for each in lifts]) for name in lifts[0]}
@@ -361,7 +362,7 @@ def table2(config: Path | None = None, data: Path | None = None, seeds: int = 3,
          "true eRPM against the whole": "" if name == "ega_v1" else _lift(effects[name])}
         for name, values in summary.items()
     ]  # fmt: skip
-    return {**provenance(path, markets, started), "table": table, "summary": summary, "differences": effects, "per_seed": per_seed, "paper": PAPER_TABLE2}
+    return {**provenance(path, markets, minutes), "table": table, "summary": summary, "differences": effects, "per_seed": per_seed, "paper": PAPER_TABLE2}
 
 
 PAPER_TABLE2 = {"ega_v1": {"erpm": 217.1, "ectr": 6.652}, "-gcf": {"erpm": 214.8, "ectr": 6.466}, "-mif": {"erpm": 212.5, "ectr": 6.389}, "-auf": {"erpm": 208.0, "ectr": 6.415}}
@@ -383,7 +384,6 @@ def table3(config: Path | None = None, data: Path | None = None, seeds: int = 3,
     from model.training.stages import newest, pretrain_metrics
 
     path, markets = _setting(config, seeds, quick)
-    started = time.monotonic()
     variants = {name: {**change, "cross_features": True} for name, change in TABLE3.items()}
     variants |= {f"{name}, no crosses": {**TABLE3[name], "cross_features": False} for name in ("EGA-V1", "MCA")}
 
@@ -397,13 +397,13 @@ def table3(config: Path | None = None, data: Path | None = None, seeds: int = 3,
                 rows[name] = {"auc": found["auc"], "auc_exposed": found["auc_exposed"], "dev": found["dev"]}
         return rows
 
-    per_seed = seed_by_seed(path, markets, keep, one)
+    per_seed, minutes = seed_by_seed(path, markets, keep, one)
     summary = {name: mean_and_deviation([rows[name] for rows in per_seed]) for name in per_seed[0]}
     table = [
         {"model": name, "AUC": _spread(values["auc"]), "AUC, exposed": _spread(values["auc_exposed"]), "Dev": _spread(values["dev"]), "paper: AUC, Dev": " ".join(map(str, PAPER_TABLE3[name]))}
         for name, values in summary.items()
     ]
-    return {**provenance(path, markets, started), "table": table, "summary": summary, "per_seed": per_seed}
+    return {**provenance(path, markets, minutes), "table": table, "summary": summary, "per_seed": per_seed}
 
 
 def scaling(config: Path | None = None, data: Path | None = None, seeds: int = 1, quick: bool = False) -> dict[str, Any]:
@@ -427,7 +427,7 @@ def scaling(config: Path | None = None, data: Path | None = None, seeds: int = 1
                 network = place.train(f"e{m_e}", model, until="rlaf")
                 found = policy_metrics(network, encode_city(network, place.samples, test, 1 << 30, 0))
                 rows.append({"seed": seed, "varied": "m_e", "blocks": m_e, "GFLOP a request": gigaflops(model, place), "AUC": float("nan"), "value per request": found["generator_evaluation"]})
-    return {**provenance(path, markets, started), "table": rows}
+    return {**provenance(path, markets, (time.monotonic() - started) / 60), "table": rows}
 
 
 def gigaflops(model: NetworkConfig, place: Market) -> float:
@@ -483,7 +483,7 @@ def sensitivity(config: Path | None = None, seeds: int = 1, quick: bool = False)
             for metric, entries in lifts.items():
                 entries.append(paired_lift(scored, "mca/critical", "ega_v1/critical", metric))
         rows.append({"market": name, **{f"true {metric}": _lift(pooled(entries)) for metric, entries in lifts.items()}})
-    return {**provenance(path, markets, started), "table": rows}
+    return {**provenance(path, markets, (time.monotonic() - started) / 60), "table": rows}
 
 
 def _lift(entry: dict[str, float]) -> str:
