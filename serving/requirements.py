@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "deploy" / "serving-requirements.txt"
 DIRECT = (
-    "bentoml", "dask", "feast[redis]", "numpy", "pandas", "prometheus-client", "psutil", "pyarrow", "pydantic", "PyYAML", "safetensors", "starlette", "torch", "uvicorn",
+    "bentoml", "dask", "feast[redis]", "numpy", "pandas", "prometheus-client", "psutil", "pyarrow", "pydantic", "PyYAML", "safetensors", "starlette", "torch", "typeguard", "uvicorn",
 )  # fmt: skip
 """What the code of the service imports; a test compares it with the imports."""
 _CUDA = ("nvidia-", "cuda-", "triton")

@@ -184,12 +184,15 @@ def checked(features_NF: Features, width: int | None = None) -> npt.NDArray[np.f
 
 
 def _nearest(points_NF: npt.NDArray[np.float64], centres_WF: npt.NDArray[np.float64]) -> Codes:
-    """Index of the nearest centre [N]. `cdist` sums every pair by itself, so other rows never move a distance, not by a bit."""
-    from scipy.spatial.distance import cdist
-
+    """Index of the nearest centre [N]. Every pair is summed by itself, feature by feature, so other rows never move a distance, not by a bit. NumPy alone:
+    a service gives new ads their codes and has no SciPy."""
     found = np.empty(len(points_NF), np.int64)
     for start in range(0, len(points_NF), _ROWS):
-        found[start : start + _ROWS] = cdist(points_NF[start : start + _ROWS], centres_WF, "sqeuclidean").argmin(1)
+        points = points_NF[start : start + _ROWS]
+        distance = np.zeros((len(points), len(centres_WF)))
+        for feature in range(points.shape[1]):
+            distance += np.square(points[:, feature, None] - centres_WF[:, feature])
+        found[start : start + _ROWS] = distance.argmin(1)
     return found
 
 

@@ -116,7 +116,7 @@ def choose_price_mode(metrics: dict[str, Any], config: GateConfig) -> str:
     if "learned" not in metrics["psi"]:
         return "critical"
     honest = ic_gate(metrics["psi"]["learned"], "learned", config).approved
-    if "critical" not in metrics["psi"]:
+    if f"{metrics['policy']}/critical" not in metrics["policies"]:
         return "learned" if honest else "gsp"
     learned, critical = (metrics["policies"][f"{metrics['policy']}/{mode}"]["erpm"] for mode in ("learned", "critical"))
     earned = honest and critical > 0 and learned >= config.learned_revenue_share * critical

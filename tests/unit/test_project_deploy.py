@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
@@ -82,3 +83,21 @@ def test_what_the_service_imports_is_required() -> None:
     distributions = packages_distributions()
     outside = imported - rooms - set(sys.stdlib_module_names)
     assert {name for name in outside if direct.isdisjoint(canonicalize_name(found) for found in distributions[name])} == set()
+
+
+def test_an_ega_v2_answers_without_the_training_dependencies() -> None:
+    """Its engine and its tokenizer, where nothing of TRAINING_ONLY nor scikit-learn can be imported."""
+    code = f"""
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {(*(name.replace("-", "_") for name in requirements.TRAINING_ONLY), "sklearn")!r}:
+            raise ImportError("blocked: " + name)
+sys.meta_path.insert(0, Blocked())
+import numpy as np
+import model.ega_v2.engine, serving.policies
+from model.ega_v2.tokenizer import Tokenizer, TokenizerConfig
+print(Tokenizer(np.random.default_rng(0).random((3, 8, 4)), TokenizerConfig(layers=3, codes=8), health=None).encode(np.zeros((5, 4))).shape)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0 and done.stdout.strip() == "(5, 3)", done.stderr
