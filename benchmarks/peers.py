@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from benchmarks.anchors import find_data
-from benchmarks.sequential import Interactions, draw_negatives, read_interactions, training_length
+from benchmarks.sequential import Interactions, Sizes, draw_negatives, read_interactions, training_length
 from model.cascade.din import Din
 from model.cascade.sasrec import SasRec
 
@@ -44,23 +44,12 @@ class PeerError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Sizes and training, the same on both sides."""
+class Settings(Sizes):
+    """Sizes and training, the same on both sides. D is also the width of SASRec's feed-forward layers, of DIN's activation unit and of the layer after it;
+    every batch is padded to L, and only SASRec drops out."""
 
-    width: int = 64
-    """D; of DIN also the hidden width of its activation unit and of the layer after it."""
-    blocks: int = 2
-    """Transformer blocks of SASRec; its feed-forward layers are D wide."""
-    heads: int = 2
-    """H."""
-    length: int = 50
-    """L, newest items of a history; every batch is padded to it on both sides."""
-    dropout: float = 0.5
-    """SASRec's, on tokens, attention weights and sub-layers."""
     batch: int = 512
     """B, rows of a training step: (history, next item); of DIN half of them with a drawn item and label 0."""
-    learning_rate: float = 1e-3
-    """Adam's."""
     candidates: int = 100
     """Drawn items that DIN scores beside the held-out one."""
     scoring_users: int = 256

@@ -113,8 +113,8 @@ def gains(rank: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Sizes and training of both models."""
+class Sizes:
+    """What every model of item sequences is given here."""
 
     width: int = 64
     """D."""
@@ -126,12 +126,18 @@ class Settings:
     """L, newest items of a history."""
     dropout: float = 0.5
     """On tokens, attention weights and sub-layers."""
+    learning_rate: float = 1e-3
+    """Adam's."""
+
+
+@dataclass(frozen=True)
+class Settings(Sizes):
+    """Sizes and training of both models."""
+
     negatives: int = 512
     """S, uniform negatives that all positions of a batch share."""
     tokens: int = 2048
     """Training positions in a batch of SASRec, about."""
-    learning_rate: float = 1e-3
-    """Adam's."""
     epochs: int = 100
     """At most."""
     patience: int = 5

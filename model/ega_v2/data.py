@@ -190,7 +190,7 @@ class PageData:
         organic_ = torch.from_numpy(organic.astype(np.int64))
         codes = torch.where(organic_.unsqueeze(-1) >= 0, self.place_codes[organic_.clamp(min=0)], NONE)
         day = int(samples.day[rows[0]])
-        prior = 1.0 / (1.0 + np.exp(-(self.log_odds[day, ads] + inputs.USUAL_LOG_ODDS)))
+        prior = inputs.click_prior(self.log_odds[day, ads])
         offers = Offers(
             torch.from_numpy(bid.copy()), torch.from_numpy(bid >= found.city.reserve), torch.from_numpy(bid * prior), codes,
             torch.full((*organic.shape, self.model.tokens.creative_layers), NONE), most_ads,
@@ -228,10 +228,8 @@ def require_pages(samples: Samples, model: EgaV2Model) -> None:
 
 def place_index(samples: Samples) -> np.ndarray:
     """Vocabulary index of every place, [Q]; UNKNOWN for those that no training day has seen."""
-    known = np.asarray(samples.vocabulary["poi"], np.int64)
-    wanted = np.asarray(samples.place_id)
-    at = np.searchsorted(known, wanted).clip(max=max(0, len(known) - 1))
-    return np.where(known[at] == wanted, at + schema.FIRST_CODE, schema.UNKNOWN)
+    at = inputs.rows_of(np.asarray(samples.vocabulary["poi"], np.int64), np.asarray(samples.place_id))
+    return np.where(at >= 0, at + schema.FIRST_CODE, schema.UNKNOWN)
 
 
 def places_of_page(ad: np.ndarray, above: np.ndarray, items: int) -> tuple[np.ndarray, np.ndarray]:

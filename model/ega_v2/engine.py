@@ -124,8 +124,8 @@ class PageEngine:
         if creatives.embedding.shape[1] != width:
             raise ValueError(f"creatives have embeddings of {creatives.embedding.shape[1]} numbers, model {self.bundle.version} reads {width}")
         order = np.argsort(ad_ids)
-        at = np.searchsorted(ad_ids[order], creatives.ad_id).clip(max=len(ad_ids) - 1)
-        owner = np.where(ad_ids[order][at] == creatives.ad_id, order[at], -1)
+        at = inputs.rows_of(ad_ids[order], creatives.ad_id)
+        owner = np.where(at >= 0, order[at], -1)
         mine = np.flatnonzero(owner >= 0)
         mine = mine[np.lexsort((creatives.creative_id[mine], creatives.ad_id[mine]))]
         if len(without := np.setdiff1d(np.arange(len(ad_ids)), owner)):
@@ -208,10 +208,9 @@ class PageEngine:
 
     def _offers(self, city: CityPages, organic: Places, odds: np.ndarray, bid: np.ndarray, reserve: np.ndarray, eligible: np.ndarray, slots: int) -> Offers:
         """As `PageData.offers`."""
-        prior = 1.0 / (1.0 + np.exp(-(odds + inputs.USUAL_LOG_ODDS)))
         none = torch.full((1, len(organic.poi_id), self.model.tokens.creative_layers), NONE)
         return Offers(
-            torch.from_numpy(bid).unsqueeze(0), torch.from_numpy(np.asarray(eligible, bool) & (bid >= reserve)).unsqueeze(0), torch.from_numpy(bid * prior).unsqueeze(0),
+            torch.from_numpy(bid).unsqueeze(0), torch.from_numpy(np.asarray(eligible, bool) & (bid >= reserve)).unsqueeze(0), torch.from_numpy(bid * inputs.click_prior(odds)).unsqueeze(0),
             self._codes(organic).unsqueeze(0), none, slots,
         )  # fmt: skip
 
@@ -238,10 +237,4 @@ class PageEngine:
 
 def _seen(city: CityPages, visits: Visits) -> np.ndarray:
     """[1, L] rows of the creatives that led to the user's behaviours; -1 for none."""
-    return _rows_of(city.creatives.creative_id, np.where(visits.real & (visits.creative_id > 0)[None], visits.creative_id[None], -1))
-
-
-def _rows_of(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Positions of ids of any shape in ascending `known`; -1 for others."""
-    at = np.searchsorted(known, wanted).clip(max=max(0, len(known) - 1))
-    return np.where(known[at] == wanted, at, -1)
+    return inputs.rows_of(city.creatives.creative_id, np.where(visits.real & (visits.creative_id > 0)[None], visits.creative_id[None], -1))

@@ -23,6 +23,19 @@ def log_odds(impressions: np.ndarray, clicks: np.ndarray) -> np.ndarray:
     return np.log(rate / (1 - rate)) - np.log(overall / (1 - overall))
 
 
+def click_prior(odds: np.ndarray) -> np.ndarray:
+    """[A] chance of a click by `log_odds` alone: which of several ads with one tuple is shown."""
+    return 1.0 / (1.0 + np.exp(-(odds + USUAL_LOG_ODDS)))
+
+
+def rows_of(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Positions of ids of any shape in ascending `known`; -1 for others."""
+    if not len(known):
+        return np.full(np.shape(wanted), -1, np.int64)
+    at = np.searchsorted(known, wanted).clip(max=len(known) - 1)
+    return np.where(known[at] == wanted, at, -1)
+
+
 def item_features(
     here: np.ndarray, place: np.ndarray, category: np.ndarray, position: np.ndarray, behaviour_place: np.ndarray, behaviour_category: np.ndarray, hours_apart: np.ndarray,
     odds: np.ndarray, impressions: np.ndarray, is_ad: np.ndarray,
