@@ -7,14 +7,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
-import torch
 
 from auction.receipt import charge
 from features.build import build_features
 from features.sampling import SamplingConfig, sample_requests
 from features.store import UserFeatures, histories_as_of, load_catalogue_days, load_creatives, open_store, profiles_as_of
-from marketplace import schema
 from marketplace.creatives import CreativeConfig
 from marketplace.logs import read_table
 from marketplace.organic import OrganicConfig
@@ -137,11 +136,8 @@ def test_a_new_ad_is_shown_without_training(trained: Trained) -> None:
     new = frame.iloc[[0]].assign(ad_id=10**9, poi_id=10**9, bid=50 * frame["bid"].max(), impressions=0, clicks=0)
     mine = creatives[creatives["ad_id"] == frame["ad_id"].iloc[0]]
     more = mine.assign(ad_id=10**9, creative_id=np.arange(10**9, 10**9 + len(mine)))
-    both = type(creatives)
-    import pandas as pd
-
     wider = split_by_city(pd.concat([frame, new], ignore_index=True), pd.concat([creatives, more], ignore_index=True))[ads.city_id]
-    assert isinstance(creatives, both) and wider.members != ads.members
+    assert wider.members != ads.members
     trained.policy.prepare(wider)
     shown = []
     for row in rows:
@@ -188,7 +184,6 @@ def test_an_unknown_user_and_a_page_without_organic_results_are_answered(trained
     ads, query = trained.query(int(trained.newest_day(1)[0]))
     page = trained.policy.rank(ads, replace(query, user=None, organic=Organic.of([])))
     assert len(page.rows) == 3 and page.above.tolist() == [0, 0, 0]
-    assert torch.get_num_threads() >= 1 and np.isfinite(page.price).all()
+    assert np.isfinite(page.price).all()
     nobody = trained.policy.rank(ads, replace(query, eligible=np.zeros(len(ads.bid), bool)))
     assert len(nobody.rows) == 0
-    assert schema.UNKNOWN == 1
