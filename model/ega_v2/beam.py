@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from model.ega_v2.config import SearchConfig
-from model.ega_v2.trie import Trie, gather_nodes, override
+from model.ega_v2.trie import Children, Trie, gather_nodes, override
 
 
 class SearchError(ValueError):
@@ -165,15 +165,20 @@ def quantise(scores: Tensor) -> Tensor:
 def top(scores_BX: Tensor, count: int) -> Tensor:
     """Positions [B, count] of the greatest scores, greatest first; of equal ones the lower position. X >= count.
 
-    `torch.topk` leaves open which of equal values it takes, so it only finds the threshold.
+    `torch.topk` leaves open which of equal values it takes, so it only finds the threshold. Raises SearchError where a score is no number.
     """
     rounded = quantise(scores_BX)
-    least = rounded.topk(count, -1).values[:, -1:]
-    above, level = rounded > least, rounded == least
-    chosen = above | (level & (torch.cumsum(level, -1) <= count - above.sum(-1, keepdim=True)))
-    index = chosen.nonzero()[:, 1].view(len(scores_BX), count)
-    order = torch.gather(rounded, 1, index).sort(dim=-1, descending=True, stable=True).indices
-    return torch.gather(index, 1, order)
+    most = rounded.topk(count, -1).values
+    if bool(most.isnan().any()):
+        raise SearchError("the decoder gave logits that are not finite; its weights or inputs are damaged")
+    least = most[:, -1:]
+    row, index = (rounded >= least).nonzero().unbind(1)  # a little more than `count` a row, by position
+    score = rounded[row, index]
+    order = score.sort(descending=True, stable=True).indices
+    order = order[row[order].sort(stable=True).indices]  # row by row, greatest first, of equal ones the lower position
+    each = torch.bincount(row, minlength=len(rounded))
+    start = each.cumsum(0) - each
+    return index[order[start.unsqueeze(1) + torch.arange(count)]]
 
 
 class _Search:
@@ -196,6 +201,9 @@ class _Search:
         else:
             self.log_weight = self._log_weight(self.maxima)
         """log w of every node; -inf where no ad may be shown."""
+        first = self.poi.children(torch.zeros(self.batch, dtype=torch.int64), 0, spare=1)
+        self.first = first, gather_nodes(self.log_weight, first.node)
+        """What a page's every slot begins with, the same for all beams of a request: the widest step."""
         self.without_bid = torch.tensor(math.log(0.0**config.alpha + config.beta), dtype=torch.float64)
         """log w of what bids 0."""
         self.organics = (offers.organic >= 0).all(-1).sum(1)
@@ -283,8 +291,12 @@ class _Search:
         ads. The last column is the next organic item's, where its code leads off the trie.
         """
         trie, node = self.poi, self._column("node")
-        found = trie.children(node.squeeze(1), layer, spare=1)
-        log_weight = self._at(self.log_weight, found.node)
+        if layer == 0:
+            start, weight = self.first
+            found, log_weight = Children(*(values[self.request] for values in vars(start).values())), weight[self.request]
+        else:
+            found = trie.children(node.squeeze(1), layer, spare=1)
+            log_weight = self._at(self.log_weight, found.node)
         first = trie.first_child[node]
         if above is not None and without is not None:
             below, best = above[..., layer] == node, without[..., layer]
@@ -385,13 +397,13 @@ class _Search:
         """
         width = code.shape[1]
         gained = torch.log_softmax(torch.gather(logits_BRW.flatten(0, 1), 1, code).double() + log_weight, -1).view(self.batch, self.beams, width)
-        alive = torch.isfinite(self.score).unsqueeze(-1)  # a beam that does not exist has no legal code, and so no softmax
-        total = torch.where(alive, self.score.unsqueeze(-1) + gained, -torch.inf)
+        total = self.score.unsqueeze(-1) + gained
+        alive = torch.isfinite(self.score)
+        if not bool(alive.all()):  # a beam that does not exist has no legal code, and so no softmax
+            total = torch.where(alive.unsqueeze(-1), total, -torch.inf)
         if not self.all_open:
             still = torch.where(torch.arange(width) == 0, self.score.unsqueeze(-1), -torch.inf)
             total = torch.where(self.open[:, None, None], total, still)
-        if bool(total.isnan().any()):
-            raise SearchError("the decoder gave logits that are not finite; its weights or inputs are damaged")
         place = top(total.flatten(1), self.beams)
         self.score = torch.gather(total.flatten(1), 1, place)
         parent = place // width

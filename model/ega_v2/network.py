@@ -372,75 +372,112 @@ def generation_losses(logits: PageLogits, poi_BKC: Tensor, creative_BKE: Tensor)
 
 
 class Decoding:
-    """`EgaV2` as a `beam.Decoder`: keys and values of all beams, one token a step."""
+    """`EgaV2` as a `beam.Decoder`: one token a step, keys and values of the tokens so far.
+
+    Beams that hold the same POIs differ in creatives alone, and searches for one request differ in bids alone; the network reads neither bids nor, in the POI decoder,
+    creatives. So every prefix is computed once, however many beams have it.
+    """
 
     def __init__(self, network: EgaV2, memory: Memory, beams: int, slots: int, batch: int | None = None) -> None:
         """`batch`: so many searches for the one request of `memory`, e.g. with other bids; by default one for each of its requests."""
         if slots > network.config.slots:
             raise ValueError(f"a page of {slots} slots was asked of a network for {network.config.slots}")
-        self.network, self.beams, self.batch, self.bias = network, beams, len(memory.token) if batch is None else batch, memory.bias
-        self.parts = [
-            _Part(blocks, memory, self.batch * beams, slots * layers)
+        self.network, self.beams, self.batch = network, beams, len(memory.token) if batch is None else batch
+        self.poi, self.creative = (
+            _Prefixes(blocks, memory, self.batch * beams, slots * layers)
             for blocks, layers in ((network.poi_blocks, network.sizes.poi_layers), (network.creative_blocks, network.sizes.creative_layers))
-        ]
-        self.state = memory.token.new_zeros(self.batch, beams, network.config.width)
-        """h at the place from which the slot's first POI code was predicted."""
-        self.row = torch.arange(self.batch).unsqueeze(1) * beams
+        )
+        self.state = memory.token.new_zeros(0)
+        """h of every prefix of POIs at the place from which the slot's first code was predicted."""
 
     def poi_logits(self, previous_BR: Tensor | None) -> Tensor:
         """See `beam.Decoder`."""
-        network, part = self.network, self.parts[0]
-        slot, layer = divmod(part.length, network.sizes.poi_layers)
+        network, place = self.network, self.poi.length
+        slot, layer = divmod(place, network.sizes.poi_layers)
+        codes = torch.zeros_like(self.poi.row) if previous_BR is None else previous_BR.reshape(-1)
+        beam = self.poi.grow(codes, network.sizes.poi_codes)
         if previous_BR is None:
-            x = network.page_start.expand(self.batch, self.beams, -1)
+            x = network.page_start.expand(*beam.shape, -1)
         else:
-            x = network.poi_codes.code(layer - 1 if layer else network.sizes.poi_layers - 1, previous_BR)
-        x = network.poi_norm(part.step(x + network.poi_place[part.length], self.bias))
-        if layer == 0:
-            self.state = x
-        return network.poi_logits(layer, x)
+            x = network.poi_codes.code(layer - 1 if layer else network.sizes.poi_layers - 1, codes[beam])
+        x = network.poi_norm(self.poi.step(x + network.poi_place[place]))
+        self.state = x.flatten(0, 1) if layer == 0 else self.state[self.poi.parent]
+        return network.poi_logits(layer, x).flatten(0, 1)[self.poi.row].view(self.batch, self.beams, -1)
 
     def creative_logits(self, poi_BRC: Tensor, previous_BR: Tensor | None) -> Tensor:
         """See `beam.Decoder`."""
-        network, part = self.network, self.parts[1]
-        layer = part.length % network.sizes.creative_layers
-        x = network.creative_start(self.state, poi_BRC) if previous_BR is None else network.creative_codes.code(layer - 1, previous_BR)
-        x = network.creative_norm(part.step(x + network.creative_place[part.length], self.bias))
-        return network.creative_logits(layer, x)
+        network, place = self.network, self.creative.length
+        layer = place % network.sizes.creative_layers
+        if previous_BR is None:
+            poi = poi_BRC.flatten(0, 1)
+            last = poi[:, -1].clamp(min=0)  # with the prefix it is the whole page of POIs so far
+            beam = self.creative.grow(self.poi.row * network.sizes.poi_codes + last, len(self.state) * network.sizes.poi_codes)
+            x = network.creative_start(self.state[self.poi.row[beam]], poi[beam])
+        else:
+            codes = previous_BR.reshape(-1)
+            beam = self.creative.grow(codes + 1, network.sizes.creative_codes + 2)
+            x = network.creative_codes.code(layer - 1, codes[beam])
+        x = network.creative_norm(self.creative.step(x + network.creative_place[place]))
+        return network.creative_logits(layer, x).flatten(0, 1)[self.creative.row].view(self.batch, self.beams, -1)
 
     def keep(self, parent_BR: Tensor) -> None:
         """See `beam.Decoder`."""
-        row = (self.row + parent_BR).view(-1)
-        self.state = self.state.flatten(0, 1)[row].view(self.state.shape)
-        for part in self.parts:
-            part.keep(row)
+        row = (parent_BR + torch.arange(self.batch).unsqueeze(1) * self.beams).view(-1)
+        self.poi.row, self.creative.row = self.poi.row[row], self.creative.row[row]
 
 
-class _Part:
-    """Blocks of one decoder with keys and values of all its tokens so far, [blocks, T, B * R, 2 D]."""
+class _Prefixes:
+    """Blocks of one decoder with keys and values of all prefixes that some beam has. Shape letters: M memories, U prefixes of each, X beams of all."""
 
-    def __init__(self, blocks: nn.ModuleList, memory: Memory, rows: int, length: int) -> None:
-        self.blocks, self.length = blocks, 0
+    def __init__(self, blocks: nn.ModuleList, memory: Memory, beams: int, length: int) -> None:
+        self.blocks, self.length, self.bias, self.memories = blocks, 0, memory.bias, len(memory.token)
         self.keys = [block.memory_attention.keys(memory) for block in blocks]
-        shape = (len(blocks), length, rows, 2 * memory.token.shape[-1])
-        self.past, self.spare = memory.token.new_zeros(shape), memory.token.new_zeros(shape)
-        self.moved: Tensor | None = None
+        self.width = 2 * memory.token.shape[-1]
+        self.past, self.spare = ([memory.token.new_empty(length * beams * self.width) for _ in blocks] for _ in range(2))
+        self.group = torch.arange(self.memories).repeat_interleave(beams // self.memories)
+        """[X] whose memory a beam reads."""
+        self.row = self.group
+        """[X] the prefix of every beam, in [M * U]."""
+        self.count = 1
+        """U"""
+        self.parent = torch.arange(self.memories)
+        """[M * U] the prefix that each prefix goes on from, among those before it."""
+        self.stored = self.memories
+        """How many prefixes `past` holds."""
 
-    def keep(self, row: Tensor) -> None:
-        """Beams change places; what is stored follows when it is next read, as the other decoder may be at work meanwhile."""
-        if self.length:
-            self.moved = row if self.moved is None else self.moved[row]
+    def grow(self, code_X: Tensor, codes: int) -> Tensor:
+        """Every beam's prefix grows by a code, 0 <= code < `codes`: finds those that differ. Returns a beam for each of them, [M, U].
 
-    def step(self, x_BRD: Tensor, bias_BL: Tensor) -> Tensor:
-        """The next token of every beam, [B, R, D]."""
-        if self.moved is not None:
-            for old, new in zip(self.past, self.spare, strict=True):
-                torch.index_select(old[: self.length], 1, self.moved, out=new[: self.length])
-            self.past, self.spare, self.moved = self.spare, self.past, None
+        Where memories have fewer than U some are repeated.
+        """
+        key = self.row * codes + code_X  # prefixes of one memory lie together, so their keys do too
+        found, place = torch.unique(key, return_inverse=True)
+        beam = torch.zeros(len(found), dtype=torch.int64).scatter_(0, place, torch.arange(len(key)))
+        if self.memories > 1:
+            group = self.group[beam]
+            number = torch.bincount(group, minlength=self.memories)
+            start = number.cumsum(0) - number
+            self.count = int(number.max())
+            within = torch.arange(len(found)) - start[group]
+            every = beam[start].unsqueeze(1).repeat(1, self.count)
+            every[group, within] = beam
+            place, beam = (group * self.count + within)[place], every
+        else:
+            self.count, beam = len(found), beam.unsqueeze(0)
+        self.parent, self.row = self.row[beam.flatten()], place
+        return beam
+
+    def step(self, x_MUD: Tensor) -> Tensor:
+        """The next token of every prefix, [M, U, D]."""
+        rows, before = self.memories * self.count, self.length
         for number, block in enumerate(self.blocks):
-            x_BRD = block.step(x_BRD, self.past[number], self.length, self.keys[number], bias_BL)
-        self.length += 1
-        return x_BRD
+            if before:
+                old = self.past[number][: before * self.stored * self.width].view(before, self.stored, self.width)
+                torch.index_select(old, 1, self.parent, out=self.spare[number][: before * rows * self.width].view(before, rows, self.width))
+            past = self.spare[number][: (before + 1) * rows * self.width].view(before + 1, rows, self.width)
+            x_MUD = block.step(x_MUD, past, before, self.keys[number], self.bias)
+        self.past, self.spare, self.stored, self.length = self.spare, self.past, rows, before + 1
+        return x_MUD
 
 
 @dataclass(frozen=True)

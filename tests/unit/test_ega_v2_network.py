@@ -141,6 +141,27 @@ def test_step_by_step_equals_whole_pages_however_the_beams_are_shuffled() -> Non
             torch.testing.assert_close(logits[:, beam], getattr(whole, kind)[:, slot, layer], rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_prefix_is_computed_once_however_many_beams_have_it() -> None:
+    """Six beams of two requests: the first request's share a prefix, the second's are three; logits are those of pages of their own."""
+    model = network()
+    memory = model.encode(history(2))
+    first = torch.tensor([[1] * 6, [0, 1, 2, 2, 1, 0]])
+    decoding = Decoding(model, memory, 6, SLOTS)
+    decoding.poi_logits(None)
+    assert decoding.poi.count == 1
+    logits = decoding.poi_logits(first)
+    assert decoding.poi.count == 3
+    for beam in range(6):
+        codes = torch.zeros(2, 1, LAYERS, dtype=torch.int64)
+        codes[:, 0, 0] = first[:, beam]
+        torch.testing.assert_close(logits[:, beam], model.page_logits(memory, codes, codes[..., :PARTS]).poi[:, 0, 1], rtol=1e-4, atol=1e-5)
+    many = Decoding(model, model.encode(history(1)), 2, SLOTS, batch=3)
+    many.poi_logits(None)
+    many.poi_logits(torch.tensor([[0, 1], [1, 0], [0, 0]]))
+    assert many.poi.count == 2
+
+
 def test_a_longer_page_than_the_network_knows_is_refused() -> None:
     model = network()
     with pytest.raises(ValueError, match="5 slots"):
