@@ -146,11 +146,18 @@ def _as_one(pages: Pages) -> Pages:
 
 
 def _chances(reward: RewardModel, memory: Memory, pages: Pages, features: ItemFeatures) -> Tensor:
-    """[B, R, P] float64 chance of a click on what each place of the pages shows to the one request of `memory`; 0 in empty places."""
+    """[B, R, P] float64 chance of a click on what each place of the pages shows to the one request of `memory`; 0 in empty places.
+
+    Offers that differ in a bid lead to the same pages over and over: each is read once.
+    """
     flat = _as_one(pages)
-    items = items_of(flat, features, 0)
+    number: dict[bytes, int] = {}
+    shown = torch.cat([flat.ad, flat.creative, flat.organic], -1)[0].numpy()
+    page = torch.tensor([number.setdefault(row.tobytes(), len(number)) for row in shown])
+    first = torch.empty(len(number), dtype=torch.int64).scatter_(0, page, torch.arange(len(page)))
+    items = items_of(Pages(*(values[:, first] for values in vars(flat).values())), features, 0)
     chance = torch.sigmoid(reward(memory, items).poi_click.double()) * (items.poi >= 0).all(-1)
-    return chance.view(pages.ad.shape)
+    return chance[page].view(pages.ad.shape)
 
 
 def _bids(offers: Offers, pages: Pages) -> Tensor:
