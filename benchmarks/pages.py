@@ -28,6 +28,7 @@ ROWS = {
     "ega_v1": "EGA-V1",
     "gr": "GR: most likely page, creative by selector",
     "-rlaf": "EGA without policy gradient (single-stage)",
+    "-mtp": "EGA, creatives in the POIs' sequence",
     "-creative": "EGA, creative by selector",
     "-bid": "EGA, mean bid of a prefix",
     "learned": "EGA (V2), learned payments",
@@ -89,6 +90,9 @@ def policies(place: Market, psi: dict[str, float], sweep: bool) -> Iterator[pd.D
     yield priced(generated(plain, rows), "-rlaf", "gsp")
     likeliest = priced(generated(plain, rows, best_of_beam=False), "gr", "gsp")
     yield with_selected(place, likeliest).assign(above=likeliest["above"])
+    say(f"seed {seed}: ega_v2 without multi-token prediction")
+    one_sequence = place.train("-mtp", replace(v2, ega_v2=replace(v2.ega_v2, multi_token=False)), until="rlaf")
+    yield priced(generated(PageData(samples, one_sequence), rows), "-mtp", "gsp")
     some = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), SWEPT)).astype(int))]
     for alpha, beta in [(alpha, beta) for alpha in ALPHAS for beta in BETAS] if sweep else ():
         yield priced(generated(data, some, alpha=alpha, beta=beta), f"alpha {alpha:g}, beta {beta:g}", "gsp")

@@ -37,7 +37,7 @@ class TableDecoder:
     def _logits(self, codes: int) -> Tensor:
         return table_logit(self.state.unsqueeze(-1), torch.arange(codes))
 
-    def poi_logits(self, previous_BR: Tensor | None) -> Tensor:
+    def poi_logits(self, previous_BR: Tensor | None, creative_BR: Tensor | None) -> Tensor:
         if previous_BR is not None:
             self.state = mix(self.state, previous_BR)
         return self._logits(self.poi_codes)

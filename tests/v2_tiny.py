@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,10 @@ NETWORK = NetworkConfig(width=16, heads=2, encoder_blocks=1, decoder_blocks=2, f
 SIZES = TokenSizes(poi_layers=3, poi_codes=5, creative_layers=2, creative_codes=4, behaviour_fields=(4, 3), user_fields=(6,), poi_features=3, creative_features=2)
 
 
-def network(seed: int = 0) -> EgaV2:
+def network(seed: int = 0, multi_token: bool = True) -> EgaV2:
     """Every parameter shaken, so that layers that start at zero carry a signal too; in evaluation mode."""
     torch.manual_seed(seed)
-    model = EgaV2(NETWORK, SIZES)
+    model = EgaV2(replace(NETWORK, multi_token=multi_token), SIZES)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape))

@@ -33,8 +33,11 @@ class SearchError(ValueError):
 class Decoder(Protocol):
     """What the search asks of a model. It keeps the state of every beam; rows are [B, R]."""
 
-    def poi_logits(self, previous_BR: Tensor | None) -> Tensor:
-        """Append each beam's last POI code (None: the page is empty) and return the logits of its next POI code, [B, R, W]."""
+    def poi_logits(self, previous_BR: Tensor | None, creative_BR: Tensor | None) -> Tensor:
+        """Append each beam's last POI code (None: the page is empty) and return the logits of its next POI code, [B, R, W].
+
+        `creative_BR` is the last code of the creative before (-1: none) where a slot begins, else None.
+        """
         ...
 
     def creative_logits(self, poi_BRC: Tensor, previous_BR: Tensor | None) -> Tensor:
@@ -228,14 +231,15 @@ class _Search:
         return self.ints[:, self._columns[name]]
 
     def run(self) -> Pages:
-        previous = None
+        previous = creative = None
         for slot in range(int(self.length.max())):
             self.open = slot < self.length
             self.filling, self.all_open = self.open[self.request], bool(self.open.all())
-            self._poi(slot, previous)
+            self._poi(slot, previous, creative)
             self._item(slot)
             self._creative(slot)
             previous = self._codes("poi_codes", slot)[:, -1].view(self.batch, self.beams).clamp(min=0)
+            creative = self._codes("creative_codes", slot)[:, -1].view(self.batch, self.beams)
 
         def column(name: str, *shape: int) -> Tensor:
             real = torch.isfinite(self.score).view(self.batch, self.beams, *[1] * (1 + len(shape)))
@@ -267,7 +271,7 @@ class _Search:
         bid = greatest if total is None or count is None else total / count
         return torch.where(torch.isfinite(greatest), torch.log(bid.clamp(min=0.0) ** self.config.alpha + self.config.beta), -torch.inf)
 
-    def _poi(self, slot: int, previous: Tensor | None) -> None:
+    def _poi(self, slot: int, previous: Tensor | None, creative: Tensor | None) -> None:
         """The codes of the slot's POI."""
         used, above, without = self._column("position")[:, :slot], None, None
         self._column("node").zero_()
@@ -276,7 +280,7 @@ class _Search:
             above = torch.where((used >= 0).unsqueeze(-1), self.poi.ancestor[used.clamp(min=0)], self.poi.null)
             without = self.poi.maxima_without(self.maxima, self.bid, used.view(self.batch, self.beams, -1)).flatten(0, 1)
         for layer in range(self.poi.depth):
-            logits = self.decoder.poi_logits(previous)
+            logits = self.decoder.poi_logits(previous, None if layer else creative)
             previous, parent = self._advance(logits, *self._poi_choices(layer, above, without), slot)
             if above is not None and without is not None and layer + 1 < self.poi.depth:
                 above, without = above[parent], without[parent]
@@ -446,7 +450,7 @@ class _Given:
     def __init__(self, poi: Tensor, creative: Tensor) -> None:
         self.poi, self.creative = iter(poi.flatten(2, 3).unbind(2)), iter(creative.flatten(2, 3).unbind(2))
 
-    def poi_logits(self, previous_BR: Tensor | None) -> Tensor:
+    def poi_logits(self, previous_BR: Tensor | None, creative_BR: Tensor | None) -> Tensor:
         return next(self.poi)
 
     def creative_logits(self, poi_BRC: Tensor, previous_BR: Tensor | None) -> Tensor:

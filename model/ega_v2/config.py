@@ -37,6 +37,8 @@ class V2Config:
     """Blocks of the encoder (paper: 3)."""
     decoder_blocks: int = Field(3, ge=1)
     """Blocks of the POI decoder (paper: 3)."""
+    multi_token: bool = True
+    """Creatives have a decoder of their own (multi-token prediction); false: their codes stand among those of the POIs in one sequence (ablation)."""
     reward_blocks: int = Field(2, ge=1)
     """Blocks of the reward model."""
     tower_hidden: tuple[int, ...] = (128, 32, 10)

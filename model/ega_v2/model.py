@@ -82,7 +82,7 @@ def core_config(config: ModelConfig) -> NetworkConfig:
     v2 = config.ega_v2
     return NetworkConfig(
         width=config.width, heads=config.heads, feed_forward=config.feed_forward, behaviours=v2.behaviours, slots=config.slots + v2.organic_items,
-        encoder_blocks=v2.encoder_blocks, decoder_blocks=v2.decoder_blocks, reward_blocks=v2.reward_blocks, tower_hidden=v2.tower_hidden,
+        encoder_blocks=v2.encoder_blocks, decoder_blocks=v2.decoder_blocks, multi_token=v2.multi_token, reward_blocks=v2.reward_blocks, tower_hidden=v2.tower_hidden,
     )  # fmt: skip
 
 

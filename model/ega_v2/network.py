@@ -38,8 +38,10 @@ class NetworkConfig:
     """Blocks of the encoder (paper: 3)."""
     decoder_blocks: int = Field(3, ge=1)
     """Blocks of the POI decoder (paper: 3)."""
+    multi_token: bool = True
+    """Creatives have a decoder of their own (multi-token prediction, as in DeepSeek-V3); false: their codes stand among those of the POIs in one sequence (ablation)."""
     creative_blocks: int = Field(1, ge=1)
-    """Blocks of the creative decoder: one, as in multi-token prediction (DeepSeek-V3)."""
+    """Blocks of the creative decoder: one, as in multi-token prediction."""
     feed_forward: int = Field(4, ge=1)
     """Hidden width of a feed-forward layer in units of D."""
     behaviours: int = Field(256, ge=1)
@@ -282,14 +284,16 @@ class EgaV2(nn.Module):
         self.creative_codes = CodeTables(sizes.creative_layers, sizes.creative_codes, width)
         self.encoder = Encoder(config, sizes)
         self.page_start = nn.Parameter(torch.randn(width) / math.sqrt(width))
-        self.poi_place = nn.Parameter(torch.randn(config.slots * sizes.poi_layers, width) / math.sqrt(width))
+        one_sequence = 0 if config.multi_token else sizes.creative_layers
+        self.poi_place = nn.Parameter(torch.randn(config.slots * (sizes.poi_layers + one_sequence), width) / math.sqrt(width))
         self.poi_blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.decoder_blocks))
         self.poi_norm = nn.LayerNorm(width)
-        self.state_norm, self.next_norm = nn.RMSNorm(width), nn.RMSNorm(width)
-        self.join = nn.Linear(2 * width, width, bias=False)
-        self.creative_place = nn.Parameter(torch.randn(config.slots * sizes.creative_layers, width) / math.sqrt(width))
-        self.creative_blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.creative_blocks))
-        self.creative_norm = nn.LayerNorm(width)
+        if config.multi_token:
+            self.state_norm, self.next_norm = nn.RMSNorm(width), nn.RMSNorm(width)
+            self.join = nn.Linear(2 * width, width, bias=False)
+            self.creative_place = nn.Parameter(torch.randn(config.slots * sizes.creative_layers, width) / math.sqrt(width))
+            self.creative_blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.creative_blocks))
+            self.creative_norm = nn.LayerNorm(width)
         self.poi_policy, self.creative_policy = (nn.Linear(width, width, bias=False) for _ in range(2))
         """All that the policy gradient moves: added to the decoders' states before they become logits; pre-training leaves them at 0."""
         for policy in (self.poi_policy, self.creative_policy):
@@ -313,21 +317,29 @@ class EgaV2(nn.Module):
 
         Empty slots (-1) may only follow full ones; their logits mean nothing and no other logit reads them.
         """
-        batch, slots, layers = poi_BKC.shape
-        width = self.config.width
-        before = torch.stack([self.poi_codes.code(layer, poi_BKC[..., layer]) for layer in range(layers)], 2).flatten(1, 2)
-        x = torch.cat([self.page_start.expand(batch, 1, width), before[:, :-1]], 1) + self.poi_place[: slots * layers]
+        slots, layers, parts = *poi_BKC.shape[1:], creative_BKE.shape[-1]
+        before = [self.poi_codes.code(layer, poi_BKC[..., layer]) for layer in range(layers)]
+        if not self.config.multi_token:
+            before += [self.creative_codes.code(layer, creative_BKE[..., layer]) for layer in range(parts)]
+        x = self._decode(torch.stack(before, 2).flatten(1, 2), memory).unflatten(1, (slots, -1))
+        if self.config.multi_token:
+            tokens = [self.creative_start(x[:, :, 0], poi_BKC), *(self.creative_codes.code(layer, creative_BKE[..., layer]) for layer in range(parts - 1))]
+            y = torch.stack(tokens, 2).flatten(1, 2) + self.creative_place[: slots * parts]
+            for block in self.creative_blocks:
+                y = block(y, memory)
+            y = self.creative_norm(y).unflatten(1, (slots, parts))
+        else:
+            y = x[:, :, layers:]
+        poi = torch.stack([self.poi_logits(layer, x[:, :, layer]) for layer in range(layers)], 2)
+        return PageLogits(poi, torch.stack([self.creative_logits(layer, y[:, :, layer]) for layer in range(parts)], 2))
+
+    def _decode(self, codes_BTD: Tensor, memory: Memory) -> Tensor:
+        """States of the POI decoder before each of the given codes, [B, T, D]."""
+        first = self.page_start.expand(len(codes_BTD), 1, -1)
+        x = torch.cat([first, codes_BTD[:, :-1]], 1) + self.poi_place[: codes_BTD.shape[1]]
         for block in self.poi_blocks:
             x = block(x, memory)
-        x = self.poi_norm(x).unflatten(1, (slots, layers))
-        poi = torch.stack([self.poi_logits(layer, x[:, :, layer]) for layer in range(layers)], 2)
-        parts = creative_BKE.shape[-1]
-        tokens = [self.creative_start(x[:, :, 0], poi_BKC), *(self.creative_codes.code(layer, creative_BKE[..., layer]) for layer in range(parts - 1))]
-        y = torch.stack(tokens, 2).flatten(1, 2) + self.creative_place[: slots * parts]
-        for block in self.creative_blocks:
-            y = block(y, memory)
-        y = self.creative_norm(y).unflatten(1, (slots, parts))
-        return PageLogits(poi, torch.stack([self.creative_logits(layer, y[:, :, layer]) for layer in range(parts)], 2))
+        return self.poi_norm(x)
 
     def poi_logits(self, layer: int, state: Tensor) -> Tensor:
         """[..., W] of the POI decoder's normalised states [..., D]."""
@@ -383,47 +395,65 @@ class Decoding:
         if slots > network.config.slots:
             raise ValueError(f"a page of {slots} slots was asked of a network for {network.config.slots}")
         self.network, self.beams, self.batch = network, beams, len(memory.token) if batch is None else batch
-        self.poi, self.creative = (
-            _Prefixes(blocks, memory, self.batch * beams, slots * layers)
-            for blocks, layers in ((network.poi_blocks, network.sizes.poi_layers), (network.creative_blocks, network.sizes.creative_layers))
-        )
+        sizes, multi_token = network.sizes, network.config.multi_token
+        self.layers = sizes.poi_layers if multi_token else sizes.poi_layers + sizes.creative_layers
+        """Codes a slot in the POI decoder's sequence."""
+        self.poi = _Prefixes(network.poi_blocks, memory, self.batch * beams, slots * self.layers)
+        self.creative = _Prefixes(network.creative_blocks, memory, self.batch * beams, slots * sizes.creative_layers) if multi_token else self.poi
         self.state = memory.token.new_zeros(0)
-        """h of every prefix of POIs at the place from which the slot's first code was predicted."""
+        """h of every prefix of POIs at the place from which the slot's first code was predicted; for a creative decoder of its own."""
 
-    def poi_logits(self, previous_BR: Tensor | None) -> Tensor:
+    def poi_logits(self, previous_BR: Tensor | None, creative_BR: Tensor | None) -> Tensor:
         """See `beam.Decoder`."""
         network, place = self.network, self.poi.length
-        slot, layer = divmod(place, network.sizes.poi_layers)
-        codes = torch.zeros_like(self.poi.row) if previous_BR is None else previous_BR.reshape(-1)
-        beam = self.poi.grow(codes, network.sizes.poi_codes)
+        layer = place % self.layers
         if previous_BR is None:
-            x = network.page_start.expand(*beam.shape, -1)
+            x = network.page_start.expand(*self.poi.grow(torch.zeros_like(self.poi.row), 1).shape, -1)
+        elif layer == 0 and not network.config.multi_token:
+            assert creative_BR is not None
+            x = self._creative_code(network.sizes.creative_layers - 1, creative_BR)
         else:
-            x = network.poi_codes.code(layer - 1 if layer else network.sizes.poi_layers - 1, codes[beam])
+            x = self._poi_code(layer - 1 if layer else network.sizes.poi_layers - 1, previous_BR)
         x = network.poi_norm(self.poi.step(x + network.poi_place[place]))
-        self.state = x.flatten(0, 1) if layer == 0 else self.state[self.poi.parent]
+        if network.config.multi_token:
+            self.state = x.flatten(0, 1) if layer == 0 else self.state[self.poi.parent]
         return network.poi_logits(layer, x).flatten(0, 1)[self.poi.row].view(self.batch, self.beams, -1)
 
     def creative_logits(self, poi_BRC: Tensor, previous_BR: Tensor | None) -> Tensor:
         """See `beam.Decoder`."""
         network, place = self.network, self.creative.length
-        layer = place % network.sizes.creative_layers
-        if previous_BR is None:
-            poi = poi_BRC.flatten(0, 1)
-            last = poi[:, -1].clamp(min=0)  # with the prefix it is the whole page of POIs so far
-            beam = self.creative.grow(self.poi.row * network.sizes.poi_codes + last, len(self.state) * network.sizes.poi_codes)
-            x = network.creative_start(self.state[self.poi.row[beam]], poi[beam])
+        if network.config.multi_token:
+            layer = place % network.sizes.creative_layers
+            x = self._creative_start(poi_BRC.flatten(0, 1)) if previous_BR is None else self._creative_code(layer - 1, previous_BR)
+            x = network.creative_norm(self.creative.step(x + network.creative_place[place]))
         else:
-            codes = previous_BR.reshape(-1)
-            beam = self.creative.grow(codes + 1, network.sizes.creative_codes + 2)
-            x = network.creative_codes.code(layer - 1, codes[beam])
-        x = network.creative_norm(self.creative.step(x + network.creative_place[place]))
+            layer = place % self.layers - network.sizes.poi_layers
+            x = self._poi_code(network.sizes.poi_layers - 1, poi_BRC[..., -1].clamp(min=0)) if previous_BR is None else self._creative_code(layer - 1, previous_BR)
+            x = network.poi_norm(self.poi.step(x + network.poi_place[place]))
         return network.creative_logits(layer, x).flatten(0, 1)[self.creative.row].view(self.batch, self.beams, -1)
+
+    def _poi_code(self, layer: int, code_BR: Tensor) -> Tensor:
+        """Prefixes of POIs grow by a code: its embedding in each that differs, [M, U, D]."""
+        code = code_BR.reshape(-1)
+        return self.network.poi_codes.code(layer, code[self.poi.grow(code, self.network.sizes.poi_codes)])
+
+    def _creative_code(self, layer: int, code_BR: Tensor) -> Tensor:
+        """The same by a code of a creative, which may be none (-1 or W)."""
+        code = code_BR.reshape(-1)
+        return self.network.creative_codes.code(layer, code[self.creative.grow(code + 1, self.network.sizes.creative_codes + 2)])
+
+    def _creative_start(self, poi_XC: Tensor) -> Tensor:
+        """Prefixes of creatives grow by the page of POIs so far: its last code is in no prefix of POIs yet."""
+        codes = self.network.sizes.poi_codes
+        beam = self.creative.grow(self.poi.row * codes + poi_XC[:, -1].clamp(min=0), len(self.state) * codes)
+        return self.network.creative_start(self.state[self.poi.row[beam]], poi_XC[beam])
 
     def keep(self, parent_BR: Tensor) -> None:
         """See `beam.Decoder`."""
         row = (parent_BR + torch.arange(self.batch).unsqueeze(1) * self.beams).view(-1)
-        self.poi.row, self.creative.row = self.poi.row[row], self.creative.row[row]
+        self.poi.row = self.poi.row[row]
+        if self.creative is not self.poi:
+            self.creative.row = self.creative.row[row]
 
 
 class _Prefixes:

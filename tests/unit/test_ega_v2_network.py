@@ -91,6 +91,28 @@ def test_a_code_sees_what_is_before_it_and_nothing_else() -> None:
             assert moved.tolist() == [False] * (place + 1) + [part + 1 < PARTS] * (SLOTS * PARTS - place - 1)
 
 
+def test_in_one_sequence_a_code_sees_all_codes_before_it() -> None:
+    """Without multi-token prediction: POI, creative, POI, creative ... and no decoder beside."""
+    model, (poi, creative) = network(multi_token=False), page(1, full=True)
+    assert not any("creative_blocks" in name or name.startswith("join") for name, _ in model.named_parameters())
+    memory = model.encode(history(1))
+
+    def codes(pages: torch.Tensor, creatives: torch.Tensor) -> torch.Tensor:
+        found = model.page_logits(memory, pages, creatives)
+        return torch.cat([F.pad(found.poi, (0, SIZES.creative_codes)), F.pad(found.creative, (0, SIZES.poi_codes))], 2).flatten(0, 2)
+
+    before = codes(poi, creative)
+    for place in range(SLOTS * (LAYERS + PARTS)):
+        slot, layer = divmod(place, LAYERS + PARTS)
+        changed, other = poi.clone(), creative.clone()
+        if layer < LAYERS:
+            changed[0, slot, layer] = (changed[0, slot, layer] + 1) % SIZES.poi_codes
+        else:
+            other[0, slot, layer - LAYERS] = (other[0, slot, layer - LAYERS] + 1) % SIZES.creative_codes
+        moved = (codes(changed, other) - before).abs().amax(-1) > 1e-6
+        assert not bool(moved[: place + 1].any()) and bool(moved[place + 1 :].all())
+
+
 def test_empty_slots_change_nothing_before_them() -> None:
     model, (poi, creative) = network(), page(2, full=True)
     memory = model.encode(history(2))
@@ -105,8 +127,9 @@ def test_empty_slots_change_nothing_before_them() -> None:
 
 
 @torch.no_grad()
-def test_step_by_step_equals_whole_pages_however_the_beams_are_shuffled() -> None:
-    model, beams, requests = network(), 5, 2
+@pytest.mark.parametrize("multi_token", [True, False])
+def test_step_by_step_equals_whole_pages_however_the_beams_are_shuffled(multi_token: bool) -> None:
+    model, beams, requests = network(multi_token=multi_token), 5, 2
     memory = model.encode(history(requests))
     generator = torch.Generator().manual_seed(0)
     decoding = Decoding(model, memory, beams, SLOTS)
@@ -125,10 +148,10 @@ def test_step_by_step_equals_whole_pages_however_the_beams_are_shuffled() -> Non
         codes[:, :, slot, layer] = torch.randint(0, count, (requests, beams), generator=generator)
         return codes[:, :, slot, layer]
 
-    previous = None
+    previous = last = None
     for slot in range(SLOTS):
         for layer in range(LAYERS):
-            seen["poi", slot, layer] = decoding.poi_logits(previous)
+            seen["poi", slot, layer] = decoding.poi_logits(previous, None if layer else last)
             previous = keep("poi", slot, layer, SIZES.poi_codes)
         last = None
         for part in range(PARTS):
@@ -148,17 +171,17 @@ def test_a_prefix_is_computed_once_however_many_beams_have_it() -> None:
     memory = model.encode(history(2))
     first = torch.tensor([[1] * 6, [0, 1, 2, 2, 1, 0]])
     decoding = Decoding(model, memory, 6, SLOTS)
-    decoding.poi_logits(None)
+    decoding.poi_logits(None, None)
     assert decoding.poi.count == 1
-    logits = decoding.poi_logits(first)
+    logits = decoding.poi_logits(first, None)
     assert decoding.poi.count == 3
     for beam in range(6):
         codes = torch.zeros(2, 1, LAYERS, dtype=torch.int64)
         codes[:, 0, 0] = first[:, beam]
         torch.testing.assert_close(logits[:, beam], model.page_logits(memory, codes, codes[..., :PARTS]).poi[:, 0, 1], rtol=1e-4, atol=1e-5)
     many = Decoding(model, model.encode(history(1)), 2, SLOTS, batch=3)
-    many.poi_logits(None)
-    many.poi_logits(torch.tensor([[0, 1], [1, 0], [0, 0]]))
+    many.poi_logits(None, None)
+    many.poi_logits(torch.tensor([[0, 1], [1, 0], [0, 0]]), None)
     assert many.poi.count == 2
 
 
