@@ -9,6 +9,7 @@ from auction.allocation import greedy_allocation
 from auction.checks import AuctionInputError
 from auction.classic import first_price, gsp_prices, vcg_position_prices, vcg_prices
 from auction.critical import Pricing, critical_prices, priced_page
+from auction.implicit import draws, implicit_price, probe_bids
 from auction.invariants import broken_law, is_truthful
 from auction.myerson import Exponential, Uniform, myerson_optimal, myerson_payment
 from auction.regret import GreedyRule, Outcome, Psi, Regret, exact_regret, psi
@@ -25,14 +26,17 @@ __all__ = [
     "Uniform",
     "broken_law",
     "critical_prices",
+    "draws",
     "exact_regret",
     "first_price",
     "greedy_allocation",
     "gsp_prices",
+    "implicit_price",
     "is_truthful",
     "myerson_optimal",
     "myerson_payment",
     "priced_page",
+    "probe_bids",
     "psi",
     "tie_keys",
     "vcg_position_prices",

@@ -16,8 +16,9 @@ import numpy as np
 from auction.checks import round_down
 from auction.classic import position_prices, second_price
 from auction.critical import reachable_slots, step_prices
+from auction.implicit import implicit_price
 
-MODES = ("critical", "learned", "gsp", "vcg", "first_price")
+MODES = ("critical", "learned", "implicit", "gsp", "vcg", "first_price")
 
 
 class ReceiptError(ValueError):
@@ -61,13 +62,14 @@ def charge(
     currency_step: float,
     scores_below: Sequence[float] | None = None,
     slot_clicks: Sequence[float] | None = None,
+    probe_ctr: Sequence[float] | None = None,
 ) -> Charge:
     """The charge of a displayed ad under a pricing mode.
 
     Args: theta, slot_ctr as `truthful_price` (None: the policy has none); rank_ctr and next_score, own pCTR and the next ad's
     pCTR * bid, for `gsp`; network_price, the payment network's price, for `learned`; for `vcg` scores_below [K - slot + 1], pCTR * bid
-    of the ads further down and of the first that is not shown, and slot_clicks [K], what a slot's clicks are worth in any unit. Raises
-    ReceiptError for what the mode needs and lacks.
+    of the ads further down and of the first that is not shown, and slot_clicks [K], what a slot's clicks are worth in any unit; for `implicit`
+    probe_ctr, the own pCTR at drawn bids. Raises ReceiptError for what the mode needs and lacks.
     """
     critical = None if theta is None or slot_ctr is None else truthful_price(theta, slot_ctr, slot, reserve, paced_bid)
     if mode == "critical" and critical is not None:
@@ -81,6 +83,8 @@ def charge(
         exact = paced_bid
     elif mode == "learned" and network_price is not None:
         exact = network_price
+    elif mode == "implicit" and probe_ctr and rank_ctr > 0:
+        exact = float(implicit_price(paced_bid, reserve, rank_ctr, probe_ctr))
     else:
         raise ReceiptError(f"mode {mode!r}: " + ("use one of " + ", ".join(MODES) if mode not in MODES else "the receipt lacks what this price rests on"))
     price = float(round_down(np.array(exact), currency_step, reserve, paced_bid))
@@ -88,7 +92,7 @@ def charge(
 
 
 NEEDED = ("request_id", "slot", "ad_id", "mode", "paced_bid", "bid", "reserve", "rank_ctr", "next_score", "currency_step", "price", "critical_price")
-"""Fields that every receipt has; `theta`, `slot_ctr`, `network_price`, `scores_below` and `slot_clicks` may be null."""
+"""Fields that every receipt has; `theta`, `slot_ctr`, `network_price`, `scores_below`, `slot_clicks` and `probe_ctr` may be null."""
 
 
 def replay(receipt: Mapping[str, Any]) -> Charge:
@@ -115,15 +119,15 @@ def replay(receipt: Mapping[str, Any]) -> Charge:
     network_price = receipt.get("network_price")
     if network_price is not None and not _number(network_price, False):
         raise ReceiptError(f"network_price must be a finite number or null, got {network_price!r}")
-    below, clicks = receipt.get("scores_below"), receipt.get("slot_clicks")
-    for name, values in (("scores_below", below), ("slot_clicks", clicks)):
+    below, clicks, probes = receipt.get("scores_below"), receipt.get("slot_clicks"), receipt.get("probe_ctr")
+    for name, values in (("scores_below", below), ("slot_clicks", clicks), ("probe_ctr", probes)):
         if values is not None and (not isinstance(values, list) or not all(_number(value, False) and value >= 0 for value in values)):
             raise ReceiptError(f"{name} must be a list of numbers >= 0, got {values!r}")
     if below is not None and clicks is not None and (len(below) < 1 or len(clicks) - slot + 1 != len(below) or sorted(clicks, reverse=True) != clicks):
         raise ReceiptError(f"slot_clicks must not rise and scores_below hold one number for each slot from {slot} on, got {clicks!r} and {below!r}")
     return charge(
         str(receipt["mode"]), slot, numbers["paced_bid"], numbers["reserve"], theta, slot_ctr, numbers["rank_ctr"], numbers["next_score"],
-        network_price, numbers["currency_step"], below, clicks,
+        network_price, numbers["currency_step"], below, clicks, probes,
     )  # fmt: skip
 
 

@@ -34,10 +34,10 @@ ROWS = {
     "learned": "EGA (V2), learned payments",
     "ega_v2": "EGA (V2)",
 }
-"""Policies of the table, in its order; all but "learned" charge GSP."""
+"""Policies of the table, in its order; all but "learned" charge GSP, and once more truthful prices."""
 
 
-ALPHAS, BETAS, SWEPT = (0.0, 0.5, 1.0, 1.5, 2.0), (0.02, 0.2, 2.0), 60
+ALPHAS, BETAS, SWEPT = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0), (0.02, 2.0), 60
 """Weights of money in the search that the plot of the first seed compares, on so many test requests."""
 
 
@@ -53,9 +53,13 @@ def with_selected(place: Market, pages: pd.DataFrame, above: str | None = None) 
     return pages.assign(creative_id=creative, above=0 if above == "top" else np.minimum(pages["slot"].to_numpy() - 1, items))
 
 
+TRUTHFUL = " at truthful prices"
+"""Behind a policy's name: the same pages at critical prices (MCA, EGA-V1) or implicit ones (pages that are searched for) instead of GSP."""
+
+
 def policies(place: Market, psi: dict[str, float], sweep: bool) -> Iterator[pd.DataFrame]:
-    """Pages of every policy of ROWS on the same test requests; `psi` gains that of each price rule on EGA (V2)'s pages. With `sweep` also pages of every pair of
-    ALPHAS and BETAS, on some of the requests: policies "alpha A, beta B"."""
+    """Pages of every policy of ROWS on the same test requests, all but the logged ones also at truthful prices; `psi` gains that of each price rule on EGA (V2)'s pages.
+    With `sweep` also pages of every pair of ALPHAS and BETAS, on some of the requests: policies "alpha A, beta B"."""
     from marketplace import schema
     from model.ega_v2.data import PageData
     from model.ega_v2.payment import RULES, psi_of
@@ -69,33 +73,37 @@ def policies(place: Market, psi: dict[str, float], sweep: bool) -> Iterator[pd.D
     for kind in ("mca", "ega_v1"):
         say(f"seed {seed}: {kind}")
         found = place.replay(place.train(kind, replace(model, kind=kind))).pages
-        pages = found[found["policy"] == f"{kind}/gsp"].assign(policy=kind)
-        yield with_selected(place, pages)
-        if kind == "mca":
-            yield with_selected(place, pages.assign(policy="mca top"), "top")
+        for rule, behind in (("gsp", ""), ("critical", TRUTHFUL)):
+            pages = found[found["policy"] == f"{kind}/{rule}"]
+            yield with_selected(place, pages.assign(policy=kind + behind))
+            if kind == "mca":
+                yield with_selected(place, pages.assign(policy="mca top" + behind), "top")
     say(f"seed {seed}: ega_v2")
     v2 = replace(model, kind="ega_v2")
     data = PageData(samples, place.train("ega_v2", v2))
     yield logged_pages(data, rows)
     pages = generated(data, rows)
-    mine = priced(pages, "ega_v2", "gsp")
-    yield mine
     yield priced(pages, "learned", "learned")
     few = rows[np.linspace(0, len(rows) - 1, min(len(rows), place.config.evaluation.audited_requests)).astype(int)]
+    say(f"seed {seed}: trial bids")
     lies = audited(data, few, TRIAL_FACTORS, place.config.evaluation.audited_losers)
     psi.update({rule: psi_of(data.model.core, lies, rule)["psi"] for rule in RULES})
-    yield with_selected(place, mine.assign(policy="-creative")).assign(above=mine["above"])
-    yield priced(generated(data, rows, bid_of_prefix="mean"), "-bid", "gsp")
-    plain = PageData(samples, load_stage("evaluation", samples, v2, place.folder / "ega_v2" / "stages", seed))
-    yield priced(generated(plain, rows), "-rlaf", "gsp")
-    likeliest = priced(generated(plain, rows, best_of_beam=False), "gr", "gsp")
-    yield with_selected(place, likeliest).assign(above=likeliest["above"])
     say(f"seed {seed}: ega_v2 without multi-token prediction")
-    one_sequence = place.train("-mtp", replace(v2, ega_v2=replace(v2.ega_v2, multi_token=False)), until="rlaf")
-    yield priced(generated(PageData(samples, one_sequence), rows), "-mtp", "gsp")
+    one_sequence = PageData(samples, place.train("-mtp", replace(v2, ega_v2=replace(v2.ega_v2, multi_token=False)), until="rlaf"))
+    plain = PageData(samples, load_stage("evaluation", samples, v2, place.folder / "ega_v2" / "stages", seed))
+    say(f"seed {seed}: pages of the others")
+    likeliest = generated(plain, rows, best_of_beam=False, rules=("gsp", "implicit"))
+    found = {
+        "ega_v2": pages, "-creative": with_selected(place, pages).assign(above=pages["above"]), "-bid": generated(data, rows, bid_of_prefix="mean", rules=("gsp", "implicit")),
+        "-rlaf": generated(plain, rows, rules=("gsp", "implicit")), "-mtp": generated(one_sequence, rows, rules=("gsp", "implicit")),
+        "gr": with_selected(place, likeliest).assign(above=likeliest["above"]),
+    }  # fmt: skip
+    for policy, each in found.items():
+        yield priced(each, policy, "gsp")
+        yield priced(each, policy + TRUTHFUL, "implicit")
     some = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), SWEPT)).astype(int))]
     for alpha, beta in [(alpha, beta) for alpha in ALPHAS for beta in BETAS] if sweep else ():
-        yield priced(generated(data, some, alpha=alpha, beta=beta), f"alpha {alpha:g}, beta {beta:g}", "gsp")
+        yield priced(generated(data, some, rules=("gsp",), alpha=alpha, beta=beta), f"alpha {alpha:g}, beta {beta:g}", "gsp")
 
 
 def v2(config: Path | None = None, seeds: int = 5, quick: bool = False, keep: Path | None = None) -> dict[str, Any]:
@@ -112,24 +120,36 @@ def v2(config: Path | None = None, seeds: int = 5, quick: bool = False, keep: Pa
             scored = place.truth(pd.concat(policies(place, psi, seed == markets[0]), ignore_index=True))
         means = scored.groupby("policy")[["clicks", "revenue", "bid_welfare", "organic_clicks"]].mean()
         rows = {str(policy): {str(name): float(value) for name, value in row.items()} for policy, row in means.iterrows()}
-        return {"rows": rows, "lifts": {policy: paired_lift(scored, policy, "ega_v2") for policy in ROWS if policy != "ega_v2"}, "psi": psi}
+        lifts = {}
+        for policy in ROWS:
+            if policy not in ("ega_v2", "learned"):
+                lifts[policy] = {"GSP": paired_lift(scored, policy, "ega_v2"), "bid * clicks": paired_lift(scored, policy, "ega_v2", "bid_welfare")}
+                if policy != "logged":
+                    lifts[policy]["truthful prices"] = paired_lift(scored, policy + TRUTHFUL, "ega_v2" + TRUTHFUL)
+        return {"rows": rows, "lifts": lifts, "psi": psi}
 
     seeds_found, minutes = seed_by_seed(path, markets, keep, one)
     per_seed, lifts, regrets = ([each[name] for each in seeds_found] for name in ("rows", "lifts", "psi"))
-    summary = {policy: mean_and_deviation([found[policy] for found in per_seed]) for policy in ROWS}
+    summary = {policy: mean_and_deviation([found[policy] for found in per_seed]) for policy in per_seed[0] if not policy.startswith("alpha")}
+    nothing = {"revenue": {"mean": float("nan")}}
     table = [
         {
             "policy": label, "true eCTR %": 100 * summary[policy]["clicks"]["mean"], "true eRPM": 1000 * summary[policy]["revenue"]["mean"], "sd": 1000 * summary[policy]["revenue"]["sd"],
+            "true eRPM, truthful prices": 1000 * summary.get(policy + TRUTHFUL, nothing)["revenue"]["mean"],
             "bid * clicks per 1000": 1000 * summary[policy]["bid_welfare"]["mean"], "organic clicks %": 100 * summary[policy]["organic_clicks"]["mean"],
         }
         for policy, label in ROWS.items()
     ]  # fmt: skip
-    table = [{**row, "psi %": 100 * mean_and_deviation(regrets)[rule]["mean"] if (rule := {"ega_v2": "gsp", "learned": "learned"}.get(policy, "")) else float("nan")} for policy, row in zip(ROWS, table, strict=True)]
-    differences = {policy: pooled([found[policy] for found in lifts]) for policy in lifts[0]}
-    second = [{"EGA (V2), true eRPM over": ROWS[policy], "mean": value["lift"], "95 % interval": f"{value['low']:+.4f} to {value['high']:+.4f}"} for policy, value in differences.items()]
+    differences = {policy: {name: pooled([found[policy][name] for found in lifts]) for name in found} for policy, found in lifts[0].items()}
+    second = [{"EGA (V2) over": ROWS[policy], **{f"{name}, %": _percent(value) for name, value in found.items()}} for policy, found in differences.items()]
+    third = [{"prices of EGA (V2)": rule, "psi %": 100 * value["mean"], "sd": 100 * value["sd"]} for rule, value in mean_and_deviation(regrets).items()]
     series = {f"beta {beta:g}": [1000 * per_seed[0][f"alpha {alpha:g}, beta {beta:g}"]["bid_welfare"] for alpha in ALPHAS] for beta in BETAS}
     axes = ("alpha", f"bid * clicks per 1000 requests, truth, seed {markets[0]}", [f"{alpha:g}" for alpha in ALPHAS])
-    return {**provenance(path, markets, minutes), "table": table, "second_table": second, "series": series, "axes": axes, "summary": summary, "differences": differences, "per_seed": per_seed, "psi": mean_and_deviation(regrets), "psi_per_seed": regrets}
+    return {**provenance(path, markets, minutes), "table": table, "second_table": second, "third_table": third, "series": series, "axes": axes, "summary": summary, "differences": differences, "per_seed": per_seed, "psi": mean_and_deviation(regrets), "psi_per_seed": regrets}
+
+
+def _percent(lift: dict[str, float]) -> str:
+    return f"{100 * lift['lift']:+.1f} ({100 * lift['low']:+.1f} to {100 * lift['high']:+.1f})"
 
 
 def _tiny(config: RunConfig) -> RunConfig:

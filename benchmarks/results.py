@@ -54,7 +54,7 @@ def write_results(folder: Path, out: Path) -> int:
         heading, context = SECTIONS.get(name, (name, ""))
         parts.append(f"## {heading}\n\n{command_of(result, files[name])}\n")
         parts += [f"{context}\n"] if context else []
-        parts += [f"{markdown([_numbers(row) for row in result[key]])}\n" for key in ("table", "second_table") if result.get(key)]
+        parts += [f"{markdown([_numbers(row) for row in result[key]])}\n" for key in ("table", "second_table", "third_table") if result.get(key)]
         plot = files[name].with_suffix(".svg")
         parts += [f"![{heading}](../{folder.name}/{plot.name})\n"] if plot.is_file() else []
     write_atomic(out, "\n".join(parts).encode())

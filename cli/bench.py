@@ -76,7 +76,7 @@ def bench(name: str, out: Path | None = None, plot: Path | None = None, **option
     for key, value in result.items():
         if key not in ("series", "axes", "command") and not isinstance(value, list | dict):
             print(f"{key:<40}{value:.4g}" if isinstance(value, float) else f"{key:<40}{value}")
-    for key in ("table", "second_table"):
+    for key in ("table", "second_table", "third_table"):
         if key in result:
             print(("" if key == "table" else "\n") + markdown(result[key]))
     if out is not None:

@@ -157,6 +157,8 @@ class Model:
         mode = query.price_mode or self._default_mode
         if mode == "learned" and not self._learned_allowed:
             raise Refusal(422, "price_mode_unavailable", "the payment network of this model has not passed its gate; use 'critical'", "price_mode")
+        if mode == "implicit":
+            raise Refusal(422, "price_mode_unavailable", "this model knows the exact truthful price; use 'critical'", "price_mode")
         if not query.eligible.any():
             nothing = np.empty(0)
             return PricedPage(np.empty(0, np.int64), nothing, nothing, nothing, nothing, mode)
@@ -255,9 +257,9 @@ class GeneratedPages:
 
         mode: Any = query.price_mode or self._default_mode
         if mode == "learned" and not self._learned_allowed:
-            raise Refusal(422, "price_mode_unavailable", "the payment network of this model has not passed its gate; use 'gsp'", "price_mode")
+            raise Refusal(422, "price_mode_unavailable", "the payment network of this model has not passed its gate; use 'implicit'", "price_mode")
         if mode in ("critical", "vcg"):
-            raise Refusal(422, "price_mode_unavailable", f"a page that is searched for has no {mode} prices (docs/ega_v2.md); use 'learned', 'gsp' or 'first_price'", "price_mode")
+            raise Refusal(422, "price_mode_unavailable", f"a page that is searched for has no {mode} prices (docs/ega_v2.md); use 'implicit', 'learned', 'gsp' or 'first_price'", "price_mode")
         if len(query.organic) > self._engine.organic_items:
             raise Refusal(422, "too_many_organic", f"this model reads at most {self._engine.organic_items} organic results a page", "organic")
         nothing = np.empty(0)
@@ -270,7 +272,7 @@ class GeneratedPages:
         organic = query.organic
         with self._lock:
             page = self._engine.rank(
-                self._cities.of(ads.city_id, ads.members), encoded["user_fields"][0], encoded["context_fields"][0], encoded["behaviours"][0], visits,
+                query.request_id, self._cities.of(ads.city_id, ads.members), encoded["user_fields"][0], encoded["context_fields"][0], encoded["behaviours"][0], visits,
                 np.array([query.latitude, query.longitude], np.float32), self._places(organic.poi_id, organic.category_id, organic.latitude, organic.longitude), ads.impressions, ads.clicks,
                 np.where(query.eligible, query.bids, ads.bid), query.reserves, query.eligible, min(query.slots, self._engine.slots), mode, _bid_unit(ads, query), self._currency_step,
                 query.alpha, query.beta,
@@ -279,6 +281,7 @@ class GeneratedPages:
             {
                 "rank_ctr": float(page.pctr[k]), "next_score": float(page.next_score[k]), "currency_step": self._currency_step,
                 "network_price": None if page.network_price is None else float(page.network_price[k]), "page_log_chance": page.log_chance,
+                "probe_ctr": None if page.probe_ctr is None else page.probe_ctr[k].tolist(),
             }
             for k in range(len(page.rows))
         ]  # fmt: skip

@@ -23,7 +23,7 @@ ADMIN_TOKEN_VARIABLE = "EGA_ADMIN_TOKEN"  # noqa: S105
 STARTUP_ERROR_VARIABLE = "EGA_SERVING_STARTUP_ERROR"
 """Names a file in which a worker that cannot start says why; set by serving.launch."""
 
-PriceMode = Literal["critical", "learned", "gsp", "vcg", "first_price"]
+PriceMode = Literal["critical", "learned", "implicit", "gsp", "vcg", "first_price"]
 
 _CONFIG = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
@@ -76,9 +76,9 @@ class ServingConfig:
     """Price rule of the model arm; 'auto': what the gates chose, 'learned' if the payment network passed its own, else 'critical' (EGA (V2): 'gsp')."""
     quality_floor: float = 0.0
     """Least set-aware pCTR, in [0, 1), with which the model arm shows an ad; a filter on predicted clicks, never on bids."""
-    alpha_limits: tuple[float, float] = (0.0, 2.0)
+    alpha_limits: tuple[float, float] = (0.0, 10.0)
     """Least and greatest `alpha` that a request may ask of EGA (V2): the exponent of bids in its search."""
-    beta_limits: tuple[float, float] = (0.1, 10.0)
+    beta_limits: tuple[float, float] = (0.01, 10.0)
     """The same of `beta`, the weight of what bids nothing."""
     budgets: Path | None = None
     """CSV file (ad_id, daily_budget in currency); ads not in it have no budget. Read once at start."""

@@ -67,7 +67,7 @@ def write_gate_record(path: Path, bundle: Path, gates: dict[str, dict[str, Any]]
     """Sign the verdict of the gates on one bundle; returns the record. Approved only if there are gates and each says so.
 
     Args: gates: for each gate a dict with at least `approved: bool` and `reason: str`, JSON-able and finite;
-    price_mode: 'learned' if the payment network passed its own gate, else 'critical', or 'gsp' of EGA (V2), which has no critical prices.
+    price_mode: 'learned' if the payment network passed its own gate, else 'critical', or 'implicit' of EGA (V2), whose pages have no thresholds.
     """
     manifest = verify_bundle(bundle, key)
     payload = {
@@ -106,8 +106,8 @@ def check_gate_record(path: Path, bundle: Path, key: bytes) -> dict[str, Any]:
         raise ApprovalError(f"rejected: {path} does not say approved")
     if record.get("bundle_version") != manifest["version"] or record.get("manifest_sha256") != sha256_of(Path(bundle) / "manifest.json"):
         raise ApprovalError(f"refused: {path} speaks about bundle {record.get('bundle_version')}, not about {manifest['version']} as it lies here")
-    if record.get("price_mode") not in ("critical", "learned", "gsp"):
-        raise ApprovalError(f"refused: price_mode in {path} must be 'critical', 'learned' or 'gsp', got {record.get('price_mode')!r}")
+    if record.get("price_mode") not in ("critical", "learned", "implicit"):
+        raise ApprovalError(f"refused: price_mode in {path} must be 'critical', 'learned' or 'implicit', got {record.get('price_mode')!r}")
     return record
 
 

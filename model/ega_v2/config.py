@@ -60,6 +60,8 @@ class V2Config:
     most_collisions: float = Field(0.05, ge=0, le=1)
     """Health gate: share of distinguishable items that share their tuple with another, below this."""
 
+    probes: int = Field(2, ge=1, le=64)
+    """Bids drawn below its own at which the page is generated again for each displayed ad, where implicit prices are charged: more make the single price steadier, not its expectation truer."""
     search: SearchConfig = SearchConfig()
     """The search that proposes pages, while policy and payments are trained and in service."""
 

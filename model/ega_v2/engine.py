@@ -11,6 +11,7 @@ from typing import cast
 import numpy as np
 import torch
 
+from auction.implicit import draws, probe_bids
 from auction.receipt import charge
 from auction.ties import tie_keys
 from marketplace import schema
@@ -21,7 +22,7 @@ from model.ega_v2.beam import Catalogue, Offers
 from model.ega_v2.data import BEHAVIOUR_COLUMNS, HOUR_COLUMN, ranks
 from model.ega_v2.model import EgaV2Model
 from model.ega_v2.network import NONE, History
-from model.ega_v2.payment import RULES, Rule, prices, shown_pages
+from model.ega_v2.payment import RULES, Rule, prices, probed, shown_pages
 
 
 class UnknownCreatives(ValueError):
@@ -73,6 +74,8 @@ class Visits:
 class CityPages:
     """What the search needs of a city's active ads under one model; immutable."""
 
+    ad_id: np.ndarray
+    """[N]"""
     ads: Places
     catalogue: Catalogue
     creatives: Creatives
@@ -100,6 +103,8 @@ class GeneratedPage:
     """bid * pCTR of the next ad in this ad's place, currency: what GSP divides by the own `pctr`."""
     network_price: np.ndarray | None
     """The payment network's price before rounding, currency per click; None unless it charges."""
+    probe_ctr: np.ndarray | None
+    """[K', draws] click probability at bids drawn below its own; None unless prices are implicit."""
     log_chance: float
     """log z of the whole page in the search."""
     price_mode: str
@@ -112,8 +117,8 @@ class PageEngine:
         self.bundle = bundle
         self.model = cast(EgaV2Model, bundle.network)
         self.slots, self.organic_items = self.model.config.slots, self.model.config.ega_v2.organic_items
-        mode = bundle.gates.get("price_mode", "gsp")
-        self.default_price_mode: Rule = mode if mode in RULES else "gsp"
+        mode = bundle.gates.get("price_mode", "implicit")
+        self.default_price_mode: Rule = mode if mode in RULES else "implicit"
 
     def prepare_city(self, ad_ids: np.ndarray, ads: Places, creatives: Creatives) -> CityPages:
         """Codes and tries of a city's active ads. Recompute when ads or creatives come or go; bids do not matter. New ads get their codes
@@ -135,7 +140,7 @@ class PageEngine:
             self._codes(ads).numpy(), self.model.tokens.poi_codes, owner[mine], codes[torch.from_numpy(mine)].numpy(), self.model.tokens.creative_codes,
             ranks(tie_keys(np.asarray(ad_ids, np.int64))),
         )  # fmt: skip
-        return CityPages(ads, catalogue, creatives, codes, mine)
+        return CityPages(np.asarray(ad_ids), ads, catalogue, creatives, codes, mine)
 
     def _codes(self, places: Places) -> torch.Tensor:
         return torch.from_numpy(self.model.poi_tokens(places.index, places.category_id, places.position))
@@ -143,6 +148,7 @@ class PageEngine:
     @torch.inference_mode()
     def rank(
         self,
+        request_id: int,
         city: CityPages,
         user_fields: np.ndarray,
         context_fields: np.ndarray,
@@ -162,7 +168,7 @@ class PageEngine:
         alpha: float | None = None,
         beta: float | None = None,
     ) -> GeneratedPage:
-        """The page for one request: at most `slots` ads and all organic items, which keep their order.
+        """The page for one request: at most `slots` ads and all organic items, which keep their order. Implicit prices draw their bids by `request_id`.
 
         user_fields [F_user], context_fields [F_context], behaviours [L, F_behaviour] as `features.encoding` gives them, of the same
         `visits`; here [2] in degrees; impressions, clicks [N] up to today; bids, reserves [N] currency per click; eligible [N];
@@ -188,13 +194,20 @@ class PageEngine:
         learned = prices(network, shown, "learned")[0].double().numpy()[at] * bid_unit if price_mode == "learned" else None
         bid, floor = np.asarray(bids, np.float64)[rows], np.asarray(reserves, np.float64)[rows]
         network_price = None if learned is None else np.clip(learned, floor, bid)
+        probe_ctr = None
+        if price_mode == "implicit" and len(rows):
+            ids = city.ad_id[rows]
+            drawn = np.array([draws(request_id, int(one), model.config.ega_v2.probes) for one in ids])
+            less = torch.from_numpy(probe_bids(bid, floor, drawn) / bid_unit)
+            probe_ctr = probed(network, memory, city.catalogue, offers, features, reserve, config, page.ad[0, 0][at], less).numpy()
         # Charged by the very function that replays receipts, from the numbers that the receipt will hold.
         price = [
-            charge(price_mode, k + 1, bid[k], floor[k], None, None, pctr[k], next_score[k] * bid_unit, None if network_price is None else float(network_price[k]), currency_step).price
+            charge(price_mode, k + 1, bid[k], floor[k], None, None, pctr[k], next_score[k] * bid_unit, None if network_price is None else float(network_price[k]), currency_step,
+                   probe_ctr=None if probe_ctr is None else probe_ctr[k].tolist()).price
             for k in range(len(rows))
         ]
         creative = city.creatives.creative_id[city.mine[page.creative[0, 0].numpy()[at]]]
-        return GeneratedPage(rows, creative, above, pctr, np.array(price, np.float64), next_score * bid_unit, network_price, float(page.score[0, 0]), price_mode)
+        return GeneratedPage(rows, creative, above, pctr, np.array(price, np.float64), next_score * bid_unit, network_price, probe_ctr, float(page.score[0, 0]), price_mode)
 
     def _history(self, city: CityPages, visits: Visits, behaviours: np.ndarray, user_fields: np.ndarray, context_fields: np.ndarray) -> History:
         """As `PageData.history`: newest last."""

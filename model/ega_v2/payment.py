@@ -1,7 +1,8 @@
 """Payments of EGA (V2) at the level of POIs: what an ad would gain by another bid when the page is generated anew, and the network that learns from it.
 
-Beam search is not monotone in a bid, so there is no critical price to compute: regret is measured, over the bids that are tried.
-Shape letters: Q requests, K ads of a page, G trial bids, P places of a page, D width; "..." any leading dimensions.
+A page that is searched for has no thresholds, and its CTRs need not rise with a bid, though they nearly always do. So the truthful price is an implicit one (`auction.implicit`),
+from the page generated anew at drawn bids, and regret is measured, over the bids that are tried.
+Shape letters: Q requests, K ads of a page, G trial bids, X trial offers to one request, S draws, P places of a page, D width; "..." any leading dimensions.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from model.ega_v2.config import SearchConfig
 from model.ega_v2.network import Decoding, EgaV2, History, Memory, RewardModel
 from model.training.loop import Device, LoopConfig, StageResult, run_stage
 
-Rule = Literal["learned", "gsp", "first_price"]
+Rule = Literal["learned", "implicit", "gsp", "first_price"]
 RULES: tuple[Rule, ...] = get_args(Rule)
 
 
@@ -55,11 +56,13 @@ class PaymentConfig(LoopConfig):
     losers: int = Field(2, ge=0)
     """Ads a request, next to those displayed, that try other bids too: of other proposed pages, best first."""
     misreports: tuple[float, ...] = (0.05, 0.2, 0.4, 0.6, 0.8, 1.0, 1.25, 1.7, 2.5)
-    """Bids tried, as factors of the value, ascending; the prices of the identity run straight between them."""
+    """Bids tried, as factors of the value, ascending, the value itself among them; Myerson's prices run straight between them."""
 
     def __post_init__(self) -> None:
         if not self.misreports or self.misreports[0] <= 0 or any(low >= high for low, high in zip(self.misreports, self.misreports[1:], strict=False)):
             raise ValueError(f"misreports must ascend and be above 0, got {self.misreports}")
+        if 1.0 not in self.misreports:
+            raise ValueError(f"misreports must hold 1, the truth, got {self.misreports}")
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,8 @@ class Audit:
     """[Q, A] where it stands on the truthful page, -1: nowhere."""
     value: Tensor
     """[Q, A] what a click is worth to it."""
+    trial_bid: Tensor
+    """[Q, A, G] ascending; one of them is the value."""
     trial: Shown
     """[Q, A, G, ...]"""
     trial_place: Tensor
@@ -108,7 +113,7 @@ class Audit:
 
     def take(self, index: Tensor) -> Audit:
         """Some of the requests."""
-        return Audit(self.truth.take(index), self.ad[index], self.place[index], self.value[index], self.trial.take(index), self.trial_place[index])
+        return Audit(self.truth.take(index), self.ad[index], self.place[index], self.value[index], self.trial_bid[index], self.trial.take(index), self.trial_place[index])
 
 
 @torch.no_grad()
@@ -121,13 +126,8 @@ def shown_pages(
     `memory` and `features` of that one request; `reserve` [N], over the city's median bid. `best_of_beam` false: the likeliest page, which no
     reward model has chosen. `judge` reads the same pages.
     """
-    batch, slots = len(offers.bid), network.config.slots
-    pages = search(lambda _: Decoding(network, memory, config.beams, slots, batch), catalogue, offers, slots, config, requests_at_once=batch)
-    rows = torch.arange(batch)
-    chance = _chances(network.reward, memory, pages, features)
-    worth = chance * _bids(offers, pages)
-    value = worth.sum(-1)
-    best = best_page(pages, value if best_of_beam else pages.score)
+    pages, chance, worth, best = _chosen(network, memory, catalogue, offers, features, config, best_of_beam)
+    rows = torch.arange(len(best))
     rival = _rivals(network, memory, pages, best, offers, features)
     found = Pages(*(values[rows, best].unsqueeze(1) for values in vars(pages).values()))
     ad = found.ad[:, 0]
@@ -135,9 +135,47 @@ def shown_pages(
     bid, ctr = _bids(offers, found)[:, 0], chance[rows, best] * (ad >= 0)
     judged = ctr if judge is None else _chances(judge, memory, found, features)[:, 0] * (ad >= 0)
     floor = torch.where(ad >= 0, reserve[ad.clamp(min=0)], 0.0)
-    pivot = _pivots(pages, value, worth, best) / ctr.clamp(min=1e-12)
+    pivot = _pivots(pages, worth.sum(-1), worth, best) / ctr.clamp(min=1e-12)
     shown = Shown(states, *(values.float() for values in (bid, ctr, judged, found.poi_log_z[:, 0].exp() * ctr, floor, rival, torch.minimum(pivot, bid))))
     return shown, found, pages
+
+
+def _chosen(
+    network: EgaV2, memory: Memory, catalogue: Catalogue, offers: Offers, features: ItemFeatures, config: SearchConfig, best_of_beam: bool
+) -> tuple[Pages, Tensor, Tensor, Tensor]:
+    """The proposed pages of B offers to one request, chance of a click and bid * chance [B, R, P], and which page is chosen [B]."""
+    batch, slots = len(offers.bid), network.config.slots
+    pages = search(lambda _: Decoding(network, memory, config.beams, slots, batch), catalogue, offers, slots, config, requests_at_once=batch)
+    chance = _chances(network.reward, memory, pages, features)
+    worth = chance * _bids(offers, pages)
+    return pages, chance, worth, best_page(pages, worth.sum(-1) if best_of_beam else pages.score)
+
+
+def _trials(offers: Offers, liar: Tensor, bid: Tensor, reserve: Tensor) -> Offers:
+    """The offers of one request once more for each of X bids: ad liar[x] bids bid[x]. A bid below the reserve is none."""
+    count = len(liar)
+    bids = offers.bid.repeat(count, 1)
+    bids[torch.arange(count), liar] = bid.to(bids.dtype)
+    worth = offers.value / offers.bid.clamp(min=1e-12)
+    return Offers(
+        bids, offers.active.expand(count, -1) & (bids >= reserve), bids * worth, offers.organic.expand(count, -1, -1), offers.organic_creative.expand(count, -1, -1), offers.most_ads
+    )
+
+
+@torch.no_grad()
+def probed(
+    network: EgaV2, memory: Memory, catalogue: Catalogue, offers: Offers, features: ItemFeatures, reserve: Tensor, config: SearchConfig, ad: Tensor, bids_KS: Tensor, best_of_beam: bool = True
+) -> Tensor:
+    """[K, S] chance of a click on each of K ads of one request when it bids bids[k, s] and nobody else changes: 0 where it is not on the page then.
+
+    Arguments as of `shown_pages`, with the offers of that one request: what `auction.implicit_price` is made of.
+    """
+    if len(ad) == 0:
+        return torch.zeros(bids_KS.shape, dtype=torch.float64)
+    liar = ad.repeat_interleave(bids_KS.shape[1])
+    pages, chance, _, best = _chosen(network, memory, catalogue, _trials(offers, liar, bids_KS.flatten(), reserve), features, config, best_of_beam)
+    rows = torch.arange(len(liar))
+    return (chance[rows, best] * (pages.ad[rows, best] == liar.unsqueeze(1))).sum(-1).view(bids_KS.shape)
 
 
 def _as_one(pages: Pages) -> Pages:
@@ -245,22 +283,16 @@ def audit(
         ad[ads : ads + len(near)] = near
         liar = ad.clamp(min=0)
         value = torch.where(ad >= 0, offers.bid[request, liar], 0.0)
-        bids = offers.bid[request].repeat(len(ad) * len(factors), 1)
-        lie = (torch.tensor(factors, dtype=bids.dtype) * value.unsqueeze(1)).flatten()
+        lie = torch.tensor(factors, dtype=value.dtype) * value.unsqueeze(1)
         liar = liar.repeat_interleave(len(factors))
-        bids[torch.arange(len(liar)), liar] = torch.where(ad.repeat_interleave(len(factors)) >= 0, lie, offers.bid[request, liar])
-        count = len(liar)
-        worth = offers.value[request] / offers.bid[request].clamp(min=1e-12)
-        trial = Offers(
-            bids, offers.active[row].expand(count, -1) & (bids >= reserve), bids * worth, offers.organic[row].expand(count, -1, -1), offers.organic_creative[row].expand(count, -1, -1), offers.most_ads
-        )
-        pages, moved, _ = shown_pages(network, memory, catalogue, trial, own, reserve, config, judge=judge)
+        tried = torch.where(ad.repeat_interleave(len(factors)) >= 0, lie.flatten(), offers.bid[request, liar])
+        pages, moved, _ = shown_pages(network, memory, catalogue, _trials(offers.rows(row), liar, tried, reserve), own, reserve, config, judge=judge)
         here = (moved.ad[:, 0] == liar.unsqueeze(1)) & (ad >= 0).repeat_interleave(len(factors)).unsqueeze(1)
         where = torch.where(here.any(1), here.int().argmax(1), -1).view(len(ad), len(factors))
-        parts.append((truth, ad, place, value.float(), Shown(*(values.unflatten(0, (len(ad), len(factors))) for values in vars(pages).values())), where))
+        parts.append((truth, ad, place, value.float(), lie.float(), Shown(*(values.unflatten(0, (len(ad), len(factors))) for values in vars(pages).values())), where))
     return Audit(
-        Shown(*(torch.cat(values) for values in zip(*(vars(part[0]).values() for part in parts), strict=True))), *(torch.stack([part[at] for part in parts]) for at in (1, 2, 3)),
-        Shown(*(torch.stack(values) for values in zip(*(vars(part[4]).values() for part in parts), strict=True))), torch.stack([part[5] for part in parts]),
+        Shown(*(torch.cat(values) for values in zip(*(vars(part[0]).values() for part in parts), strict=True))), *(torch.stack([part[at] for part in parts]) for at in (1, 2, 3, 4)),
+        Shown(*(torch.stack(values) for values in zip(*(vars(part[5]).values() for part in parts), strict=True))), torch.stack([part[6] for part in parts]),
     )  # fmt: skip
 
 
@@ -270,11 +302,13 @@ def joined(audits: list[Audit]) -> Audit:
     def shown(name: str) -> Shown:
         return Shown(*(torch.cat(values) for values in zip(*(vars(getattr(one, name)).values() for one in audits), strict=True)))
 
-    return Audit(shown("truth"), *(torch.cat([getattr(one, name) for one in audits]) for name in ("ad", "place", "value")), shown("trial"), torch.cat([one.trial_place for one in audits]))
+    return Audit(shown("truth"), *(torch.cat([getattr(one, name) for one in audits]) for name in ("ad", "place", "value", "trial_bid")), shown("trial"), torch.cat([one.trial_place for one in audits]))
 
 
 def prices(network: EgaV2, pages: Shown, rule: Rule) -> Tensor:
-    """Price per click of every place [..., P]; reserve <= price <= bid, 0 where there is no ad."""
+    """Price per click of every place [..., P]; reserve <= price <= bid, 0 where there is no ad. `implicit` prices need more than the page: `probed`."""
+    if rule == "implicit":
+        raise ValueError("implicit prices need the page at other bids: see probed")
     if rule == "first_price":
         return pages.bid
     if rule == "learned":
@@ -287,13 +321,18 @@ def prices(network: EgaV2, pages: Shown, rule: Rule) -> Tensor:
 def outcomes(network: EgaV2, found: Audit, rule: Rule, judged: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Expected payment and utility as played, [Q, A] each, 0 for ads not displayed, and the utility of every trial bid [Q, A, G].
 
-    Pages and prices are the reward model's; with `judged` the other judge says how often they are clicked.
+    Pages and prices are the reward model's; with `judged` the other judge says how often they are clicked. `implicit` prices are their expectations.
     """
     clicks = (found.truth.judged, found.trial.judged) if judged else (found.truth.ctr, found.trial.ctr)
     shown, at = found.place >= 0, found.place.clamp(min=0)
-    price, ctr = torch.gather(prices(network, found.truth, rule), 1, at), torch.gather(clicks[0], 1, at)
     there = found.trial_place.clamp(min=0).unsqueeze(-1)
-    trial_price, trial_ctr = (torch.gather(values, -1, there).squeeze(-1) for values in (prices(network, found.trial, rule), clicks[1]))
+    ctr, trial_ctr = torch.gather(clicks[0], 1, at), torch.gather(clicks[1], -1, there).squeeze(-1)
+    if rule == "implicit":
+        trial_price, _ = identity_prices(found)
+        truth = (found.trial_bid - found.value.unsqueeze(-1)).abs().argmin(-1, keepdim=True)
+        price = torch.gather(trial_price, -1, truth).squeeze(-1)
+    else:
+        price, trial_price = torch.gather(prices(network, found.truth, rule), 1, at), torch.gather(prices(network, found.trial, rule), -1, there).squeeze(-1)
     gained = torch.where(found.trial_place >= 0, (found.value.unsqueeze(-1) - trial_price) * trial_ctr, 0.0)
     return price * ctr * shown, (found.value - price) * ctr * shown, gained
 
@@ -312,16 +351,16 @@ def psi_of(network: EgaV2, found: Audit, rule: Rule) -> dict[str, float]:
     return {"psi": psi, "losers": losers, "revenue": float(paid.sum()) / len(found.place)}
 
 
-def identity_prices(found: Audit, factors: Tensor) -> tuple[Tensor, Tensor]:
+def identity_prices(found: Audit) -> tuple[Tensor, Tensor]:
     """Myerson's price per click of every trial bid, and the clicks that it is for: [Q, A, G] each.
 
-    p(b) x(b) = b x(b) - the integral of x from the reserve to b, x being what regeneration gave, between the bids that were tried. Truthful as far as x
-    does not fall with the bid and runs straight between two of them: here a target, not a rule. factors [G] ascend.
+    p(b) x(b) = b x(b) - the integral of x from the reserve to b, x being what regeneration gave, straight between the bids that were tried: the expected implicit price, and what
+    the payment network learns from.
     """
     there = found.trial_place.clamp(min=0).unsqueeze(-1)
     real = found.trial_place >= 0
     clicks, reserve = (torch.where(real, torch.gather(values, -1, there).squeeze(-1), 0.0) for values in (found.trial.ctr, found.trial.reserve))
-    bid = found.value.unsqueeze(-1) * factors
+    bid = found.trial_bid
     floor = torch.minimum(torch.where(real, reserve, torch.inf).amin(-1, keepdim=True), bid[..., :1])
     first = clicks[..., :1] * (bid[..., :1] - floor)
     steps = (clicks[..., 1:] + clicks[..., :-1]) / 2 * (bid[..., 1:] - bid[..., :-1])
@@ -334,8 +373,7 @@ def train_payment(network: EgaV2, training: Audit, check: Audit, config: Payment
     parameters = network.enter_stage("payment")
     multiplier = torch.tensor(config.multiplier)
 
-    factors = torch.tensor(config.misreports)
-    target, clicks = identity_prices(training, factors)
+    target, clicks = identity_prices(training)
     wanted = (clicks > 0) & (training.ad >= 0).unsqueeze(-1)
 
     def step(chosen: np.ndarray, _: torch.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -345,7 +383,7 @@ def train_payment(network: EgaV2, training: Audit, check: Audit, config: Payment
         regret = regret_of(utility, gained)
         revenue, lost = paid.sum() / len(chosen), regret.sum() / len(chosen)
         price = torch.gather(prices(network, mine.trial, "learned"), -1, mine.trial_place.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        off = (torch.abs(price - target[part]) * clicks[part] * wanted[part]).sum() / len(chosen) / len(factors)
+        off = (torch.abs(price - target[part]) * clicks[part] * wanted[part]).sum() / len(chosen) / len(config.misreports)
         loss = config.identity_weight * off - revenue + multiplier.clone() * lost + 0.5 * config.rho * lost**2
         with torch.no_grad():
             multiplier.add_(config.rho * lost.detach()).clamp_(max=config.most_multiplier)

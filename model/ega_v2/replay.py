@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from auction.implicit import draws, implicit_price, probe_bids
 from marketplace import schema
 from model.ega_v2.allocation import ItemFeatures
 from model.ega_v2.data import PageData
 from model.ega_v2.model import EgaV2Model
 from model.ega_v2.network import NONE, Memory, RewardModel
-from model.ega_v2.payment import RULES, Audit, Rule, outcomes, prices, regret_of, shown_pages
+from model.ega_v2.payment import RULES, Audit, Rule, outcomes, prices, probed, regret_of, shown_pages
 from model.ega_v2.training import audited
 from model.evaluation.metrics import auc, deviation, log_loss, mean_and_interval, recall_at
 from model.evaluation.replay import INCUMBENT, PAPER_GRID, EvaluationConfig, Incumbent, Replay, policy_table
@@ -49,7 +50,8 @@ def replay_v2(model: EgaV2Model, samples: Samples, config: EvaluationConfig, inc
     frames = [logged_pages(data, rows), *(priced(pages, f"ega_v2/{rule}", rule) for rule in RULES)]
     if incumbent is not None:
         theirs = PageData(samples.translate(incumbent.vocabulary), incumbent.network)
-        frames.append(priced(generated(theirs, rows, judge=data), INCUMBENT, "learned" if incumbent.mode == "learned" else "gsp"))
+        mode: Any = incumbent.mode
+        frames.append(priced(generated(theirs, rows, judge=data, rules=(mode,)), INCUMBENT, mode))
     all_pages = pd.concat(frames, ignore_index=True)
     per_request = pd.concat([_per_request(frame, samples, rows) for frame in frames], ignore_index=True)
     found, ranking = _ranking(data, rows, config)
@@ -61,13 +63,14 @@ def replay_v2(model: EgaV2Model, samples: Samples, config: EvaluationConfig, inc
 
 
 @torch.inference_mode()
-def generated(data: PageData, rows: np.ndarray, best_of_beam: bool = True, judge: PageData | None = None, **changed: Any) -> pd.DataFrame:
-    """One page a request: request_id, slot, ad_id, bid, pctr, judged_pctr, creative_id, above and price_<rule> per click, one row a displayed ad.
+def generated(data: PageData, rows: np.ndarray, best_of_beam: bool = True, judge: PageData | None = None, rules: tuple[Rule, ...] = RULES, **changed: Any) -> pd.DataFrame:
+    """One page a request: request_id, slot, ad_id, bid, pctr, judged_pctr, creative_id, above and price_<rule> per click for each of `rules`, one row a displayed ad.
 
     `best_of_beam` false: the likeliest page of the search, which no reward model has chosen. `judge`: whose second reward model reads the pages, by default
     the model's own. `changed`: other settings of the search.
     """
-    samples, network, config = data.samples, data.model.core, replace(data.model.config.ega_v2.search, **changed)
+    samples, network, v2 = data.samples, data.model.core, data.model.config.ega_v2
+    config = replace(v2.search, **changed)
     frames = []
     for mine, history, catalogue, offers, features in tqdm(list(data.groups(rows, samples.slots)), desc="pages", unit="day", disable=not sys.stderr.isatty()):
         found = data.city_offers(int(samples.day[mine[0]]), int(samples.city_code[mine[0]]))
@@ -75,10 +78,18 @@ def generated(data: PageData, rows: np.ndarray, best_of_beam: bool = True, judge
         for index, row in enumerate(mine):
             part = slice(index, index + 1)
             own = ItemFeatures(*(values[part] for values in vars(features).values()))
-            shown, page, _ = shown_pages(network, network.encode(history.rows(part)), catalogue, offers.rows(part), own, reserve, config, best_of_beam, data.model.evaluation)
+            memory = network.encode(history.rows(part))
+            shown, page, _ = shown_pages(network, memory, catalogue, offers.rows(part), own, reserve, config, best_of_beam, data.model.evaluation)
             ad = page.ad[0, 0].numpy()
             at = np.flatnonzero(ad >= 0)
-            money = {"bid": shown.bid, **{f"price_{rule}": prices(network, shown, rule) for rule in RULES}}
+            money = {"bid": shown.bid, **{f"price_{rule}": prices(network, shown, rule) for rule in rules if rule != "implicit"}}
+            if "implicit" in rules:
+                drawn = np.array([draws(int(samples.request_id[row]), int(one), v2.probes) for one in np.asarray(samples.ad_id)[found.city.rows[ad[at]]]]).reshape(len(at), v2.probes)
+                bid, floor, ctr = (values[0].double().numpy()[at] for values in (shown.bid, shown.reserve, shown.ctr))
+                less = torch.from_numpy(probe_bids(bid, floor, drawn))
+                clicks = probed(network, memory, catalogue, offers.rows(part), own, reserve, config, page.ad[0, 0][at], less, best_of_beam)
+                money["price_implicit"] = torch.zeros(shown.bid.shape, dtype=torch.float64)
+                money["price_implicit"][0, at] = torch.from_numpy(implicit_price(bid, floor, ctr, clicks.numpy()))
             frames.append(pd.DataFrame({
                 "request_id": samples.request_id[row], "slot": np.arange(1, len(at) + 1, dtype=np.int32), "ad_id": np.asarray(samples.ad_id)[found.city.rows[ad[at]]],
                 **{name: values[0].double().numpy()[at] * found.city.unit for name, values in money.items()}, "pctr": shown.ctr[0].numpy()[at], "judged_pctr": shown.judged[0].numpy()[at],
@@ -90,7 +101,7 @@ def generated(data: PageData, rows: np.ndarray, best_of_beam: bool = True, judge
 
 def priced(pages: pd.DataFrame, policy: str, rule: Rule) -> pd.DataFrame:
     """`generated` pages as a policy that charges by `rule`: with policy and payment, without the other prices."""
-    return pages.assign(policy=policy, payment=pages[f"price_{rule}"]).drop(columns=[f"price_{other}" for other in RULES])
+    return pages.assign(policy=policy, payment=pages[f"price_{rule}"]).drop(columns=[name for name in pages if name.startswith("price_")])
 
 
 @torch.inference_mode()

@@ -28,7 +28,7 @@ class GateConfig:
     psi_loser_limit: float = Field(0.001, ge=0)
     """Largest gain of the nearest ads that are not displayed, over the utility of those that are, under either evaluator."""
     learned_revenue_share: float = Field(0.95, ge=0)
-    """Learned payments are chosen only with at least this share of the critical prices' revenue, and within the psi limits."""
+    """Learned payments are chosen only with at least this share of the truthful prices' revenue (critical, or implicit), and within the psi limits."""
     minimum_lift: float = -0.01
     """Lower 95 % bound of the paired relative eRPM lift over the incumbent must exceed this; a little below 0, so that a fresh
     model that is as good as its predecessor may replace it."""
@@ -109,18 +109,16 @@ def calibration_gate(dev: float, config: GateConfig) -> Gate:
 
 
 def choose_price_mode(metrics: dict[str, Any], config: GateConfig) -> str:
-    """`learned` when the payment network earned it (psi within the limit, enough revenue), else `critical`.
-
-    Pages of EGA (V2) have no critical prices: there it is `learned`, within the limit, or `gsp`, which the gate then judges.
+    """`learned` when the payment network earned it (psi within the limit, enough revenue), else the rule that is truthful by construction: `critical`, or `implicit`
+    of pages that have no thresholds (EGA V2).
     """
+    truthful = "implicit" if "implicit" in metrics["psi"] else "critical"
     if "learned" not in metrics["psi"]:
-        return "critical"
+        return truthful
     honest = ic_gate(metrics["psi"]["learned"], "learned", config).approved
-    if f"{metrics['policy']}/critical" not in metrics["policies"]:
-        return "learned" if honest else "gsp"
-    learned, critical = (metrics["policies"][f"{metrics['policy']}/{mode}"]["erpm"] for mode in ("learned", "critical"))
-    earned = honest and critical > 0 and learned >= config.learned_revenue_share * critical
-    return "learned" if earned else "critical"
+    learned, revenue = (metrics["policies"][f"{metrics['policy']}/{mode}"]["erpm"] for mode in ("learned", truthful))
+    earned = honest and revenue > 0 and learned >= config.learned_revenue_share * revenue
+    return "learned" if earned else truthful
 
 
 def judge(metrics: dict[str, Any], per_request: pd.DataFrame, mode: str, incumbent: str, config: GateConfig) -> list[Gate]:

@@ -167,7 +167,7 @@ def lies_svg(data: dict[str, np.ndarray], charged: str) -> str:
     ads = len(data["lie_ad"])
     figure = _figure(3.1 * ads, 3.0)
     panels = figure.subplots(1, ads, squeeze=False)
-    colours = {mode: colour for mode, colour in (("critical", "#0a7a3d"), ("learned", "#2f6db5"), ("gsp", "#b5622f")) if f"lie_{mode}" in data}
+    colours = {mode: colour for mode, colour in (("critical", "#0a7a3d"), ("implicit", "#0a7a3d"), ("learned", "#2f6db5"), ("gsp", "#b5622f")) if f"lie_{mode}" in data}
     for row, axes in enumerate(panels[0]):
         for mode, colour in colours.items():
             axes.plot(data["lie_bid"][row], data[f"lie_{mode}"][row], color=colour, lw=2.2 if mode == charged else 1.2, label=mode)

@@ -62,7 +62,7 @@ class Trained:
             ega_v2=V2TrainingConfig(
                 pretrain=PretrainConfig(**SHORT), reward=RewardConfig(**SHORT), evaluation=RewardConfig(**SHORT, seed=2),
                 rlaf=RlafConfig(steps=2, batch=4, validate_every=2, validation_requests=2, requests=8, beams=4),
-                payment=replace(V2TrainingConfig().payment, steps=2, batch=2, validate_every=2, validation_requests=2, requests=4, losers=1, misreports=(0.5, 1.5)),
+                payment=replace(V2TrainingConfig().payment, steps=2, batch=2, validate_every=2, validation_requests=2, requests=4, losers=1, misreports=(0.5, 1.0, 1.5)),
             ),
             threads=1,
         )  # fmt: skip
@@ -122,7 +122,7 @@ def test_the_service_answers_with_the_pages_of_the_replay(trained: Trained, rule
         np.testing.assert_allclose(page.price, wanted[f"price_{rule}"], rtol=1e-5)
         assert broken_invariant(page, query.bids, query.reserves, query.eligible, 3) is None and broken_layout(page, ads.ad_id, ads.owners, 2) is None
         for slot, (at, price, basis) in enumerate(zip(page.rows, page.price, page.basis, strict=True), start=1):
-            again = charge(rule, slot, float(query.bids[at]), float(query.reserves[at]), None, None, basis["rank_ctr"], basis["next_score"], basis["network_price"], 0.0)
+            again = charge(rule, slot, float(query.bids[at]), float(query.reserves[at]), None, None, basis["rank_ctr"], basis["next_score"], basis["network_price"], 0.0, probe_ctr=basis["probe_ctr"])
             assert again.price == price
         seen += len(page.rows)
     assert seen >= 30

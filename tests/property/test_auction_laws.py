@@ -209,3 +209,26 @@ def test_truthful_bidding_is_optimal_at_the_thresholds(market):
     )
     regret = auction.exact_regret(rule, market.bids, market.bids)
     assert regret.gain.max() <= 1e-8 * max(1.0, market.bids.max())
+
+
+@LAW
+@given(
+    jumps=st.lists(st.tuples(st.floats(0.0, 10.0), st.floats(0.01, 0.2)), min_size=1, max_size=5), bid=st.floats(0.1, 12.0), reserve=st.floats(0.0, 5.0),
+    request=st.integers(0, 2**53), ad=st.integers(0, 2**53),
+)  # fmt: skip
+def test_implicit_prices_keep_the_laws_and_their_expectation_is_myersons(jumps, bid, reserve, request, ad):
+    """Any CTR that rises in steps with the bid: reserve <= price <= bid for every draw, and the mean over the draws of one request is off by less than one part for every jump."""
+    reserve, parts = min(reserve, bid), 64
+
+    def ctr(at):
+        return sum(gain * (np.asarray(at) >= threshold) for threshold, gain in jumps)
+
+    clicks = float(ctr(bid))
+    if clicks == 0.0:
+        return
+    probes = ctr(auction.probe_bids(bid, reserve, auction.draws(request, ad, parts)))
+    singles = auction.implicit_price(np.full(parts, bid), np.full(parts, reserve), np.full(parts, clicks), np.asarray(probes)[:, None])
+    assert (singles >= reserve - 1e-12).all() and (singles <= bid + 1e-12).all()
+    exact = sum(gain * max(threshold, reserve) for threshold, gain in jumps if threshold <= bid) / clicks
+    assert abs(float(auction.implicit_price(bid, reserve, clicks, probes)) - exact) <= (bid - reserve) / parts * len(jumps) + 1e-9
+    assert abs(singles.mean() - float(auction.implicit_price(bid, reserve, clicks, probes))) <= 1e-9

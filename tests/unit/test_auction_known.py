@@ -158,6 +158,26 @@ def test_myerson_identity_on_a_smooth_allocation():
     assert auction.myerson_payment(lambda b: 1.0 / (1.0 + np.exp(-3.0 * (b - 1.0))), 1.5) == pytest.approx(0.6754197388, abs=5e-11)
 
 
+def test_implicit_prices_are_myersons_in_expectation():
+    """The same allocation through `implicit_price`: many draws of one request, and single draws of many requests."""
+    clicks, bid = lambda b: 1.0 / (1.0 + np.exp(-3.0 * (b - 1.0))), 1.5
+    drawn = auction.draws(7, 11, 20_000)
+    price = auction.implicit_price(bid, 0.0, clicks(bid), clicks(auction.probe_bids(bid, 0.0, drawn)))
+    assert price * clicks(bid) == pytest.approx(0.6754197388, abs=1e-5)
+    single = np.array([auction.draws(request, 11, 1) for request in range(4_000)])
+    prices = auction.implicit_price(np.full(4_000, bid), np.zeros(4_000), np.full(4_000, clicks(bid)), clicks(auction.probe_bids(np.full(4_000, bid), np.zeros(4_000), single)))
+    assert prices.mean() * clicks(bid) == pytest.approx(0.6754197388, abs=4 * prices.std() * clicks(bid) / np.sqrt(4_000))
+    assert np.array_equal(auction.draws(7, 11, 3), auction.draws(7, 11, 3)) and not np.array_equal(auction.draws(7, 11, 3), auction.draws(8, 11, 3))
+    # Nobody competes: the reserve. Chances that fall with the bid stop at it. An ad that is shown only at its own bid pays that.
+    assert auction.implicit_price(4.0, 0.5, 0.2, [0.2, 0.2]) == pytest.approx(0.5) and auction.implicit_price(4.0, 0.5, 0.1, [0.3, 0.2]) == 0.5
+    assert auction.implicit_price(4.0, 0.5, 0.2, [0.0, 0.0]) == 4.0
+    for wrong in ((4.0, 5.0, 0.2, [0.1]), (4.0, 0.5, 0.0, [0.1]), (np.nan, 0.5, 0.2, [0.1]), (4.0, 0.5, 0.2, [-0.1])):
+        with pytest.raises(auction.AuctionInputError, match="implicit price needs"):
+            auction.implicit_price(*wrong)
+    with pytest.raises(auction.AuctionInputError, match="at least one draw"):
+        auction.draws(1, 1, 0)
+
+
 def clicks_rule(clicks, price):
     """Positions with given clicks, equal quality: page by bid, `price(bids, page)` per click."""
     slots = np.asarray(clicks, dtype=np.float64)

@@ -26,10 +26,11 @@ def test_golden_prices() -> None:
     assert truthful_price([0.0, 0.0], [0.2, 0.1], 1, 0.7, 5.0) == pytest.approx(0.7)  # nobody competes: the reserve
 
 
-@pytest.mark.parametrize(("mode", "price"), [("critical", 4.32), ("gsp", 3.0), ("vcg", 1.95), ("first_price", 5.0), ("learned", 4.44)])
+@pytest.mark.parametrize(("mode", "price"), [("critical", 4.32), ("gsp", 3.0), ("vcg", 1.95), ("first_price", 5.0), ("learned", 4.44), ("implicit", 3.12)])
 def test_every_mode_charges_what_it_says_rounded_down(mode: str, price: float) -> None:
     # VCG: (0.3 * (1 - 0.5) + 0.09 * 0.5) / 1 / 0.1 = 1.95
-    receipt = {**GOLDEN, "mode": mode, "network_price": 4.4499, "scores_below": [0.3, 0.09], "slot_clicks": [1.0, 0.5], "price": price, "critical_price": replay(GOLDEN).critical}
+    # implicit: 5 - 5 * (.05 + .025) / 2 / .1 = 3.125
+    receipt = {**GOLDEN, "mode": mode, "network_price": 4.4499, "probe_ctr": [0.05, 0.025], "scores_below": [0.3, 0.09], "slot_clicks": [1.0, 0.5], "price": price, "critical_price": replay(GOLDEN).critical}
     again = replay(json.loads(json.dumps(receipt)))
     assert again.price == price <= again.exact + 1e-12
     assert difference(receipt) is None

@@ -37,7 +37,7 @@ SHORT = {"steps": 3, "batch": 16, "validate_every": 2, "validation_requests": 24
 TRAINING = TrainingConfig(
     ega_v2=V2TrainingConfig(
         pretrain=PretrainConfig(**SHORT), reward=RewardConfig(**SHORT), evaluation=RewardConfig(**SHORT, seed=2),
-        rlaf=RlafConfig(**(SHORT | {"batch": 4, "validation_requests": 4}), requests=12, beams=4), payment=PaymentConfig(**(SHORT | {"batch": 4}), requests=6, losers=1, misreports=(0.5, 1.5)),
+        rlaf=RlafConfig(**(SHORT | {"batch": 4, "validation_requests": 4}), requests=12, beams=4), payment=PaymentConfig(**(SHORT | {"batch": 4}), requests=6, losers=1, misreports=(0.5, 1.0, 1.5)),
     ),
     threads=1,
 )  # fmt: skip
@@ -172,7 +172,7 @@ def test_trial_bids_regenerate_the_page_and_every_rule_charges_within_bid_and_re
     assert bool((found.trial_place[:, :, 0] == -1).all())  # below the reserve
     core = data.model.core
     for rule in RULES:
-        for pages in (found.truth, found.trial):
+        for pages in (found.truth, found.trial) if rule != "implicit" else ():
             price = prices(core, pages, rule)
             assert bool((price <= pages.bid + 1e-6).all()) and bool((price >= torch.minimum(pages.reserve, pages.bid) - 1e-6).all())
         paid, utility, gained = outcomes(core, found, rule)
@@ -192,7 +192,7 @@ def test_gsp_and_regret_by_hand() -> None:
     low = Shown(state, torch.tensor([[0.5, 0.0, 0.0, 0.0]]), torch.tensor([[0.25, 0.0, 0.0, 0.0]]), ctr, ctr, torch.tensor([[0.2, 0.0, 0.0, 0.0]]), none, none)
     high = Shown(state, torch.tensor([[8.0, 0.0, 0.0, 0.0]]), torch.tensor([[0.5, 0.0, 0.0, 0.0]]), ctr, ctr, torch.tensor([[0.2, 0.0, 0.0, 0.0]]), none, none)
     trial = Shown(*(torch.stack([a, b], 1).unsqueeze(2) for a, b in zip(vars(low).values(), vars(high).values(), strict=True)))
-    found = Audit(page, torch.tensor([[7, 9]]), torch.tensor([[0, 2]]), torch.tensor([[4.0, 1.0]]), trial, torch.tensor([[[0], [0]]]))
+    found = Audit(page, torch.tensor([[7, 9]]), torch.tensor([[0, 2]]), torch.tensor([[4.0, 1.0]]), torch.tensor([[[0.5], [8.0]]]), trial, torch.tensor([[[0], [0]]]))
     paid, utility, gained = outcomes(None, found, "gsp")
     regret = regret_of(utility, gained)
     assert paid.tolist() == [[0.5, pytest.approx(0.05)]] and utility.tolist() == [[1.5, pytest.approx(0.2)]]
@@ -205,13 +205,18 @@ def test_myersons_price_of_regenerated_pages_by_hand() -> None:
     ctr = torch.tensor([0.0, 0.1, 0.3]).view(shape)
     trial = Shown(torch.zeros(*shape, 2), torch.tensor([1.0, 2.0, 4.0]).view(shape), ctr, ctr, ctr, torch.full(shape, 0.5), torch.zeros(shape), torch.zeros(shape))
     truth = Shown(*(values[:, 0, 1] for values in vars(trial).values()))
-    found = Audit(truth, torch.tensor([[3]]), torch.tensor([[0]]), torch.tensor([[2.0]]), trial, torch.tensor([[[-1, 0, 0]]]))
-    price, clicks = identity_prices(found, torch.tensor([0.5, 1.0, 2.0]))
+    found = Audit(truth, torch.tensor([[3]]), torch.tensor([[0]]), torch.tensor([[2.0]]), torch.tensor([[[1.0, 2.0, 4.0]]]), trial, torch.tensor([[[-1, 0, 0]]]))
+    price, clicks = identity_prices(found)
     assert clicks.flatten().tolist() == pytest.approx([0.0, 0.1, 0.3])
     assert price.flatten()[1:].tolist() == pytest.approx([1.5, 2.5])
     # At these prices no bid of the three gains over the truth: 2 -> (2 - 1.5) * .1 = .05, 4 -> (2 - 2.5) * .3 < 0.
     gained = (2.0 - price) * clicks
     assert gained.argmax() == 1
+    # The expected implicit price is this one.
+    paid, utility, tried = outcomes(None, found, "implicit")
+    assert float(paid) == pytest.approx(1.5 * 0.1) and float(utility) == pytest.approx(0.05) and torch.equal(tried[0, 0], gained[0, 0] * (found.trial_place[0, 0] >= 0))
+    with pytest.raises(ValueError, match="see probed"):
+        prices(None, truth, "implicit")
 
 
 @torch.inference_mode()
