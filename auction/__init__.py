@@ -10,7 +10,7 @@ from auction.checks import AuctionInputError
 from auction.classic import first_price, gsp_prices, vcg_position_prices, vcg_prices
 from auction.critical import Pricing, critical_prices, priced_page
 from auction.implicit import draws, implicit_price, probe_bids
-from auction.invariants import broken_law, is_truthful
+from auction.invariants import broken_law, is_implicit, is_truthful
 from auction.myerson import Exponential, Uniform, myerson_optimal, myerson_payment
 from auction.regret import GreedyRule, Outcome, Psi, Regret, exact_regret, psi
 from auction.ties import tie_keys
@@ -32,6 +32,7 @@ __all__ = [
     "greedy_allocation",
     "gsp_prices",
     "implicit_price",
+    "is_implicit",
     "is_truthful",
     "myerson_optimal",
     "myerson_payment",

@@ -64,3 +64,13 @@ def is_truthful(price: float, theta: Sequence[float | None], ctr: Sequence[float
             clicks = ctr[k]
     exact = min(paid / clicks if clicks > 0 else least, paced_bid)
     return bool(exact - currency_step - _SAME * exact <= price <= exact + _SAME * exact)
+
+
+def is_implicit(price: float, probe_ctr: Sequence[float], ctr: float, reserve: float, paced_bid: float, currency_step: float = 0.0) -> bool:
+    """Whether a charge is the implicit price of its draws (auction.implicit), up to the currency step and the rounding of float64; in a loop of its own, as `is_truthful`."""
+    if not probe_ctr or not ctr > 0:
+        return False
+    share = sum(probe_ctr) / len(probe_ctr) / ctr
+    exact = max(reserve, min(paced_bid, share * reserve + (1.0 - share) * paced_bid))
+    slack = 1e-12 * max(1.0, paced_bid) + _SAME * exact
+    return bool(max(reserve, exact - currency_step) - slack <= price <= exact + slack)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from auction.invariants import PAGE_LAWS as AUCTION_PAGE_LAWS
-from auction.invariants import broken_law, is_truthful
+from auction.invariants import broken_law, is_implicit, is_truthful
 from auction.receipt import charge
 
 PAGE_LAWS = AUCTION_PAGE_LAWS | {"propensity", "creative", "layout"}
@@ -38,7 +38,7 @@ class PricedPage:
 
 
 def broken_invariant(page: PricedPage, bids: np.ndarray, reserves: np.ndarray, eligible: np.ndarray, slots: int, offered: np.ndarray | None = None) -> str | None:
-    """Name of the first broken law, or None: auction.broken_law, propensities in (0, 1], critical prices truthful.
+    """Name of the first broken law, or None: auction.broken_law, propensities in (0, 1], critical and implicit prices truthful.
 
     bids (paced), reserves, eligible, offered (before pacing): [A], of the city, as they entered the auction.
     """
@@ -52,6 +52,10 @@ def broken_invariant(page: PricedPage, bids: np.ndarray, reserves: np.ndarray, e
     if page.price_mode == "critical":
         for slot, (row, price, basis) in enumerate(zip(page.rows, page.price, page.basis, strict=True), start=1):
             if not is_truthful(float(price), basis["theta"], basis["slot_ctr"], slot, float(reserves[row]), float(bids[row]), basis["currency_step"]):
+                return "price_not_truthful"
+    if page.price_mode == "implicit":
+        for row, price, basis in zip(page.rows, page.price, page.basis, strict=True):
+            if not is_implicit(float(price), basis["probe_ctr"], basis["rank_ctr"], float(reserves[row]), float(bids[row]), basis["currency_step"]):
                 return "price_not_truthful"
     return None
 

@@ -170,6 +170,7 @@ BROKEN = [
     ({"price": [float("inf"), 0.3]}, "price_not_finite"), ({"price": [-0.1, 0.3]}, "price_not_finite"), ({"price": [1.0000001, 0.3]}, "price_above_bid"),
     ({"price": [0.5, 0.09]}, "price_below_reserve"), ({"propensity": [0.0, 1.0]}, "propensity"), ({"price": [0.5]}, "length"),
     ({"price_mode": "critical", "basis": [{"theta": [0.5, 0.4], "slot_ctr": [0.2, 0.1], "currency_step": 0.0}] * 2}, "price_not_truthful"),
+    ({"price_mode": "implicit", "price": [0.55, 0.7], "basis": [{"probe_ctr": [0.1, 0.1], "rank_ctr": 0.2, "currency_step": 0.0}] * 2}, "price_not_truthful"),
     ({"rows": [0, 2, 1], "pctr": [0.1] * 3, "price": [0.3] * 3, "critical_price": [0.3] * 3, "propensity": [1.0] * 3}, "length"),
 ]  # fmt: skip
 

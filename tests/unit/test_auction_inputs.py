@@ -170,6 +170,17 @@ def test_every_broken_law_has_a_name(change, law):
     assert auction.broken_law(**{**GOOD, **change}) == law
 
 
+def test_only_the_implicit_price_is_implicit():
+    """5 - (5 - 1) * (.05 + .03) / 2 / .1 = 3.4."""
+    case = {"probe_ctr": [0.05, 0.03], "ctr": 0.1, "reserve": 1.0, "paced_bid": 5.0}
+    assert float(auction.implicit_price(5.0, 1.0, 0.1, [0.05, 0.03])) == pytest.approx(3.4) and auction.is_implicit(3.4, **case)
+    assert auction.is_implicit(3.38, **case, currency_step=0.05) and not auction.is_implicit(3.34, **case, currency_step=0.05) and not auction.is_implicit(3.41, **case, currency_step=0.05)
+    for price in (3.39999, 3.40001, 5.0, 1.0):
+        assert not auction.is_implicit(price, **case)
+    assert auction.is_implicit(1.0, **{**case, "probe_ctr": [0.3, 0.3]}) and auction.is_implicit(5.0, **{**case, "probe_ctr": [0.0]})
+    assert not auction.is_implicit(3.4, **{**case, "probe_ctr": []}) and not auction.is_implicit(3.4, **{**case, "ctr": 0.0})
+
+
 def test_only_the_truthful_price_is_truthful():
     """Golden case of AUCTION.md, ad 0 in slot 1: theta (4.5, 4.2), CTR (1, .6), price .4 * 4.5 + .6 * 4.2 = 4.32."""
     case = {"theta": [4.5, 4.2], "ctr": [1.0, 0.6], "slot": 1, "reserve": 0.0, "paced_bid": 5.0}
