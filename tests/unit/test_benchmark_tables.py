@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import online, tables
 from benchmarks.flops import PAPER, appendix, count
-from benchmarks.results import write_results
+from benchmarks.results import orders, write_results
 from cli.bench import bench
 from model.ega_v1.network import NetworkConfig
 from model.evaluation.metrics import auc
@@ -54,6 +54,11 @@ def test_the_page_of_results_holds_what_the_files_say(first: Path, tmp_path: Pat
     result = json.loads(first.read_text())
     assert "## Table 1: MCA, FS-LTR, EGA-V1" in page and "`ega bench table1 --quick --out results/table1.json`; seeds 7" in page
     assert result["table"][0]["AUC"] in page
+    for name, entry in result["differences"].items():
+        side = "above zero" if entry["low"] > 0 else "below zero" if entry["high"] < 0 else "no difference shown"
+        assert f"*{name}*" in next(line for line in page.splitlines() if line.startswith(f"- {side}: "))
+    assert orders({"a": {"lift": 1.0, "low": 0.5, "high": 2.0}, "b": {"low": -1.0, "high": 1.0}, "c": {"low": None, "high": None}}) == "- above zero: *a*\n- no difference shown: *b*"
+    assert orders(None) == ""
     with pytest.raises(FileNotFoundError, match="no results in .*; make some first, e.g. `ega bench table1"):
         write_results(tmp_path / "none", out)
 
