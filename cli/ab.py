@@ -170,7 +170,7 @@ def _export(homes: list[Path], world: World, reference: Path, out: Path) -> None
     import pandas as pd
 
     from marketplace.logs import has_table, read_table, write_manifest, write_table
-    from serving.event_log import read_behaviours, read_impressions, read_requests
+    from serving.event_log import read_behaviours, read_impressions, read_organic, read_requests
     from serving.settings import event_log_path
 
     requests = world.live_requests()
@@ -183,7 +183,7 @@ def _export(homes: list[Path], world: World, reference: Path, out: Path) -> None
     for path in paths:
         if not path.exists():
             raise AbError(f"the service's event log {path} does not exist; with --url, --home must be the home that the service runs on")
-    for name, read in (("requests", read_requests), ("impressions", read_impressions)):
+    for name, read in (("requests", read_requests), ("impressions", read_impressions), ("organic", read_organic)):
         tables[name] = pd.concat([read(path, since, until) for path in paths], ignore_index=True)
     clicks = [read_behaviours(path, since, until) for path in paths]
     tables["behaviours"] = pd.concat([world.live_behaviours(), *clicks], ignore_index=True).drop_duplicates("behaviour_id", keep="last", ignore_index=True)

@@ -232,6 +232,9 @@ def events(home: Path) -> Iterator[Finding]:
     except sqlite3.Error as error:
         yield Finding("broken", f"{home.name}: the event log {path} cannot be read: {error}", aside)
         return
+    if 0 < version < SCHEMA_VERSION:
+        yield Finding("note", f"{home.name}: the event log has version {version}, this code reads {SCHEMA_VERSION}", "the next `ega serve` brings it up")
+        return
     if version != SCHEMA_VERSION:
         yield Finding("broken", f"{home.name}: the event log has version {version}, this code reads {SCHEMA_VERSION}", aside)
         return

@@ -97,7 +97,7 @@ class Truth(NamedTuple):
 
 
 class UserResponse(NamedTuple):
-    """What the user did with a page; all [K'] (or [R, K] for many pages)."""
+    """What the user did with a page; [K'] (or [R, K] for many pages) but for organic items."""
 
     click: np.ndarray
     click_delay_seconds: np.ndarray
@@ -109,6 +109,10 @@ class UserResponse(NamedTuple):
     """Currency; 0 without an order."""
     creative_click: np.ndarray
     """Whether the user opened the creative itself."""
+    organic_click: np.ndarray
+    """Clicks on the page's organic items in their order, [O] (or [R, O]); O may be 0."""
+    organic_click_delay_seconds: np.ndarray
+    """Seconds from the page to that click; NaN without one."""
 
 
 class _Page(NamedTuple):
@@ -455,10 +459,10 @@ class World:
                 page = policy.rank_batch(*self._place(mine), self.state.bid_DA[day, ads], None, uniforms, self._ad["reserve"][ads])
                 page_ads = np.where(page.rows >= 0, ads[page.rows], -1) if len(ads) else page.rows
                 logged_page = self._logged_page(mine, page_ads, creative_counts)
-                response, on_organic = self._respond(mine, logged_page)
+                response = self._respond(mine, logged_page)
                 parts.append(self._impressions(mine, logged_page, page, response, day))
                 if self.config.organic.items:
-                    organic_parts.append(self._organic_impressions(mine, logged_page, on_organic))
+                    organic_parts.append(self._organic_impressions(mine, logged_page, response))
                 shown = page_ads >= 0
                 for total, which in ((gained, page_ads), (creatives_gained, logged_page.creatives)):
                     np.add.at(total[0], which[shown], 1)
@@ -541,7 +545,7 @@ class World:
             above = np.where(explore, organic.drawn(uniforms, ads.shape[1]), above)
         return _Page(ads, creatives, above)
 
-    def _organic_impressions(self, rows: np.ndarray, page: _Page, response: _OrganicResponse) -> pd.DataFrame:
+    def _organic_impressions(self, rows: np.ndarray, page: _Page, response: UserResponse) -> pd.DataFrame:
         """ORGANIC rows of pages, with when a click came."""
         poi = self._organic_rows(rows)
         request, rank = np.nonzero(poi >= 0)
@@ -554,11 +558,11 @@ class World:
             "position": places[request, rank].astype(np.int32),
             "event_timestamp": time,
             "user_id": self._user["user_id"][self._request["user_row"][rows[request]]],
-            "click": response.click[request, rank].astype(np.int32),
+            "click": response.organic_click[request, rank].astype(np.int32),
             "session_id": self._request["session_id"][rows[request]],
         }
         end_us = (time.dt.floor("D") + pd.Timedelta(days=1)).astype("int64").to_numpy()
-        frame["click_timestamp"] = _timestamps(_later(time.astype("int64").to_numpy(), response.delay_seconds[request, rank], end_us))
+        frame["click_timestamp"] = _timestamps(_later(time.astype("int64").to_numpy(), response.organic_click_delay_seconds[request, rank], end_us))
         return pd.DataFrame(frame | {name: self._poi[name][shown] for name in ("poi_id", "category_id", "latitude", "longitude")})
 
     def live_requests(self) -> pd.DataFrame:
@@ -682,9 +686,9 @@ class World:
 
     def respond_pages(self, request_ids: Any, ad_ids: np.ndarray, creative_ids: np.ndarray | None = None, above: np.ndarray | None = None) -> UserResponse:
         """`respond` for R pages [R, K] of ad ids at once; -1 pads."""
-        return self._respond(self.request_rows(request_ids), self._page(ad_ids, creative_ids, above))[0]
+        return self._respond(self.request_rows(request_ids), self._page(ad_ids, creative_ids, above))
 
-    def _respond(self, rows: np.ndarray, page: _Page) -> tuple[UserResponse, _OrganicResponse]:
+    def _respond(self, rows: np.ndarray, page: _Page) -> UserResponse:
         ads = page.ads
         request, ad = self._request["request_id"][rows, None], self._ad["ad_id"][ads]
 
@@ -694,7 +698,7 @@ class World:
         p, c = self._page_truth(rows, ads, page.creatives)
         goes_on = (uniform(keyed.CONTINUE) < c).astype(np.float64)
         reads = reading_probability(goes_on) > 0.5
-        on_organic = _OrganicResponse(np.zeros((len(rows), 0), bool), np.zeros((len(rows), 0)))
+        on_organic = np.zeros((len(rows), 0), bool), np.zeros((len(rows), 0))
         if self.config.organic.items:
             on_organic, past_organic = self._respond_organic(rows, page, goes_on)
             reads &= past_organic
@@ -712,11 +716,10 @@ class World:
             agrees = self._creative_affinity(rows[:, None], np.maximum(page.creatives, 0)) + self.state.creative_appeal_M[np.maximum(page.creatives, 0)]
             chance = sigmoid(np.log(creatives.open_rate / (1 - creatives.open_rate)) + agrees)
             opens = reads & (ads >= 0) & (keyed.keyed_uniform(self.seed, keyed.CREATIVE_CLICK, request, page.creatives) < chance)
-        response = UserResponse(click, np.where(click, delay, np.nan), purchase, np.where(purchase, wait, np.nan), np.where(purchase, worth.round(2), 0.0), opens)
-        return response, on_organic
+        return UserResponse(click, np.where(click, delay, np.nan), purchase, np.where(purchase, wait, np.nan), np.where(purchase, worth.round(2), 0.0), opens, *on_organic)
 
-    def _respond_organic(self, rows: np.ndarray, page: _Page, goes_on: np.ndarray) -> tuple[_OrganicResponse, np.ndarray]:
-        """Clicks on organic items, and whether the user got past those above each ad [R, K]. Args: goes_on [R, K], 1 where the user reads past an ad."""
+    def _respond_organic(self, rows: np.ndarray, page: _Page, goes_on: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+        """Clicks on organic items with their delays [R, O], and whether the user got past those above each ad [R, K]. Args: goes_on [R, K], 1 where the user reads past an ad."""
         request, poi = self._request["request_id"][rows, None], self._organic_rows(rows)
         p, c = self._organic_truth(rows)
         stays = (keyed.keyed_uniform(self.seed, keyed.ORGANIC_CONTINUE, request, poi) < c).astype(np.float64)
@@ -724,14 +727,7 @@ class World:
         reads = (reading_probability(stays) * past_ads) > 0.5
         click = reads & (poi >= 0) & (keyed.keyed_uniform(self.seed, keyed.ORGANIC_CLICK, request, poi) < p)
         delay = np.maximum(2.0, np.exp(2.7 + 0.7 * ndtri(np.maximum(keyed.keyed_uniform(self.seed, keyed.ORGANIC_DELAY, request, poi), 1e-12))))
-        return _OrganicResponse(click, delay), past_organic > 0.5
-
-
-class _OrganicResponse(NamedTuple):
-    """What users did with organic items, [R, O]."""
-
-    click: np.ndarray
-    delay_seconds: np.ndarray
+        return (click, np.where(click, delay, np.nan)), past_organic > 0.5
 
 
 def _timestamps(microseconds: np.ndarray) -> pd.Series:

@@ -1,4 +1,4 @@
-"""The A/B driver: simulated users ask the live HTTP service for pages and send back what they click and buy.
+"""The A/B driver: simulated users ask the live HTTP service for pages and send back what they click, open and buy.
 
 It is a client like any other: it knows the service's URL and nothing of its inside. What it saw (answers, response times, events sent) is
 written down, so that the report can say how complete the service's own log is.
@@ -57,7 +57,7 @@ _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 @checked_dataclass(frozen=True, config=_STRICT)
 class FaultConfig:
-    """What happens to clicks and purchases between the user and the service. All shares are of events."""
+    """What happens to events (clicks, purchases) between the user and the service. All shares are of events."""
 
     duplicates: float = Field(0.0, ge=0, le=1)
     """Share that is sent again, one to four times, in any order."""
@@ -119,7 +119,8 @@ class SimulatedUsers(Protocol):
         ...
 
     def respond(self, request_row: Any, page_ad_ids: Any, creative_ids: Any = None, above: Any = None) -> Any:
-        """click, click_delay_seconds, purchase, purchase_delay_seconds, order_value, each [K']; `above`: organic results above each ad."""
+        """click, click_delay_seconds, purchase, purchase_delay_seconds, order_value, creative_click, each [K'], and organic_click,
+        organic_click_delay_seconds [O]; `above`: organic results above each ad."""
         ...
 
 
@@ -133,6 +134,8 @@ class _Tally:
     impressions: int = 0
     clicks: int = 0
     purchases: int = 0
+    creative_clicks: int = 0
+    organic_clicks: int = 0
     events_failed: int = 0
     duplicates: int = 0
     lost: int = 0
@@ -142,7 +145,7 @@ class _Tally:
     waiting: list[dict[str, Any]] = field(default_factory=list)
     """Events on their way."""
     settled: set[tuple[Any, ...]] = field(default_factory=set)
-    """Events (type, request, slot) that were answered: copies count once."""
+    """Events (type, request, slot or rank) that were answered: copies count once."""
 
 
 @dataclass(frozen=True)
@@ -155,10 +158,14 @@ class ExperimentSummary:
     retries: int
     impressions: int
     clicks: int
-    """Clicks that users made (those that the service refused are counted apart), as the purchases."""
+    """Clicks on ads that users made (those that the service refused are counted apart), as the purchases."""
     purchases: int
+    creative_clicks: int
+    """Creatives that users opened; likewise, and nobody pays for them."""
+    organic_clicks: int
+    """Clicks on organic results; likewise."""
     events_failed: int
-    """Clicks and purchases that the service did not take."""
+    """Events of any kind that the service did not take."""
     duplicates: int
     """Copies sent on top, by the configured faults; `lost` and `delayed` likewise."""
     lost: int
@@ -230,18 +237,28 @@ def _rank_body(row: Any, organic: pd.DataFrame) -> dict[str, Any]:
 
 
 def _events_of(row: Any, page: dict[str, Any], response: Any) -> list[dict[str, Any]]:
-    """Click and purchase events of a page: a purchase follows its click."""
+    """Events of a page: what users did with each ad, a purchase after its click, then clicks on organic results. A market does not say when a
+    creative was opened: its event has the page's time."""
     events = []
     for index, ad in enumerate(page["ads"]):
+        key = {"request_id": int(row.request_id), "slot": int(ad["slot"]), "ad_id": int(ad["ad_id"])}
+        if response.creative_click[index]:
+            events.append({"type": "creative_click", **key, "timestamp": row.event_timestamp.isoformat()})
         if not response.click[index]:
             continue
-        at = row.event_timestamp + pd.Timedelta(seconds=round(float(response.click_delay_seconds[index]), 6))
-        key = {"request_id": int(row.request_id), "slot": int(ad["slot"]), "ad_id": int(ad["ad_id"])}
+        at = _after(row.event_timestamp, response.click_delay_seconds[index])
         events.append({"type": "click", **key, "timestamp": at.isoformat()})
         if response.purchase[index]:
-            at += pd.Timedelta(seconds=round(float(response.purchase_delay_seconds[index]), 6))
+            at = _after(at, response.purchase_delay_seconds[index])
             events.append({"type": "purchase", **key, "timestamp": at.isoformat(), "order_value": float(response.order_value[index])})
+    for index in np.flatnonzero(response.organic_click).tolist():
+        at = _after(row.event_timestamp, response.organic_click_delay_seconds[index])
+        events.append({"type": "organic_click", "request_id": int(row.request_id), "rank": index + 1, "timestamp": at.isoformat()})
     return events
+
+
+def _after(time: pd.Timestamp, seconds: float) -> pd.Timestamp:
+    return time + pd.Timedelta(seconds=round(float(seconds), 6))
 
 
 @dataclass(frozen=True)
@@ -276,24 +293,31 @@ def _habits(response: Any, row: Any, page: dict[str, Any], scene: _Scene) -> Any
         curious = habits.novelty * 0.5 ** (age / habits.novelty_half_life_days) * np.array([ad["pctr"] for ad in page["ads"]])
         click |= draws.random(len(clicked)) < curious
     kept = clicked & click
+    opened, organic = (np.asarray(values, bool) & (draws.random(len(values)) < scene.day_factor[day]) for values in (response.creative_click, response.organic_click))
     return Response(
         click=click,
         click_delay_seconds=np.where(kept, response.click_delay_seconds, 10.0),
         purchase=np.asarray(response.purchase, bool) & kept,
         purchase_delay_seconds=response.purchase_delay_seconds,
         order_value=np.where(kept, response.order_value, 0.0),
+        creative_click=opened,
+        organic_click=organic,
+        organic_click_delay_seconds=response.organic_click_delay_seconds,
     )
 
 
 @dataclass(frozen=True)
 class Response:
-    """A user's answer to a page, one entry a slot; as a world gives it."""
+    """A user's answer to a page, one entry a slot or organic result; as a world gives it."""
 
     click: np.ndarray
     click_delay_seconds: np.ndarray
     purchase: np.ndarray
     purchase_delay_seconds: np.ndarray
     order_value: np.ndarray
+    creative_click: np.ndarray
+    organic_click: np.ndarray
+    organic_click_delay_seconds: np.ndarray
 
 
 def _deliver(events: list[dict[str, Any]], row: Any, scene: _Scene, tally: _Tally) -> list[dict[str, Any]]:
@@ -320,10 +344,8 @@ def _deliver(events: list[dict[str, Any]], row: Any, scene: _Scene, tally: _Tall
 
 
 def _count(event: dict[str, Any], tally: _Tally) -> None:
-    if event["type"] == "click":
-        tally.clicks += 1
-    else:
-        tally.purchases += 1
+    name = f"{event['type']}s"
+    setattr(tally, name, getattr(tally, name) + 1)
 
 
 def _send(events: list[dict[str, Any]], url: str, scene: _Scene, tally: _Tally) -> None:
@@ -332,7 +354,7 @@ def _send(events: list[dict[str, Any]], url: str, scene: _Scene, tally: _Tally) 
     tally.retries += retries
     rejected = {record["index"] for record in answer["rejected"]} if answer is not None else set(range(len(events)))
     for index, event in enumerate(events):
-        key = (event["type"], event["request_id"], event["slot"])
+        key = (event["type"], event["request_id"], event["rank" if event["type"] == "organic_click" else "slot"])
         if key in tally.settled:
             continue
         tally.settled.add(key)
@@ -359,7 +381,7 @@ def _visit(row: Any, scene: _Scene, tally: _Tally) -> None:
     tally.impressions += len(ads)
     if scene.shadow_url is not None:
         _shadow(row, body, page, milliseconds, scene, tally)
-    if not ads:
+    if not ads and organic.empty:
         return
     shown, creatives, above = (np.array([ad[name] for ad in ads], np.int64) for name in ("ad_id", "creative_id", "above"))
     response = _habits(scene.world.respond(row, shown, creatives, above if len(organic) else None), row, page, scene)
@@ -427,7 +449,7 @@ def run_experiment(
     address: Callable[[int], str] | None = None,
     shadow_url: str | None = None,
 ) -> ExperimentSummary:
-    """Send the live days' requests to the service at `base_url` and post the users' clicks and purchases back.
+    """Send the live days' requests to the service at `base_url` and post what the users did back.
 
     Args: out, folder for `experiment.json`, `responses.parquet` and, with a shadow, `shadow.parquet`; progress, a bar on stderr; token, bearer token of the
     service; treatments, arms whose pages are new to people; address, the service of each user where arms have services of their own; shadow_url, a service
@@ -475,7 +497,7 @@ def run_experiment(
     responses = pd.DataFrame(rows, columns=RESPONSES.names).sort_values("request_id", ignore_index=True)
     total: dict[str, int] = defaultdict(int)
     for tally in tallies:
-        for name in ("retries", "impressions", "clicks", "purchases", "events_failed", "duplicates", "lost", "delayed"):
+        for name in ("retries", "impressions", "clicks", "purchases", "creative_clicks", "organic_clicks", "events_failed", "duplicates", "lost", "delayed"):
             total[name] += int(getattr(tally, name))
     seconds = time.perf_counter() - begun
     summary = ExperimentSummary(requests=len(requests), answered=len(rows), errors=errors, arms=_by_arm(responses), seconds=round(seconds, 1), messages=messages, **total)

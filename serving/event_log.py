@@ -1,4 +1,4 @@
-"""The live event log: every answered page and every click and purchase, exactly once, on disk before the answer leaves.
+"""The live event log: every answered page and everything that users did with it, exactly once, on disk before the answer leaves.
 
 SQLite in WAL mode, one transaction a page or batch of events. With `synchronous=FULL` (the default) a committed page survives
 power loss; with NORMAL it survives a killed process, and power loss may take the last commits with it. Torn tails of the WAL
@@ -22,10 +22,10 @@ import numpy as np
 import pandas as pd
 
 from marketplace.logs import with_defaults, write_manifest, write_table
-from marketplace.schema import ACTION_CLICK, ACTION_PURCHASE, BEHAVIOURS, IMPRESSIONS, REQUESTS, Table
+from marketplace.schema import ACTION_CLICK, ACTION_PURCHASE, BEHAVIOURS, IMPRESSIONS, ORGANIC, REQUESTS, Table
 
-SCHEMA_VERSION = 3
-"""`user_version` of the database; 1 lacked `billing`, 2 lacked `event.pushed` and `shadow`: both are brought up when opened; others are refused."""
+SCHEMA_VERSION = 4
+"""`user_version` of the database; 1 lacked `billing`, 2 lacked `event.pushed` and `shadow`, 3 lacked `organic`: all are brought up when opened; others are refused."""
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS request (
@@ -39,6 +39,9 @@ CREATE TABLE IF NOT EXISTS impression (
   creative_id INTEGER NOT NULL, poi_id INTEGER NOT NULL, category_id INTEGER NOT NULL, latitude REAL NOT NULL, longitude REAL NOT NULL,
   bid REAL NOT NULL, payment REAL NOT NULL, pctr REAL NOT NULL, propensity REAL NOT NULL, receipt TEXT NOT NULL,
   PRIMARY KEY (request_id, slot)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS organic (
+  request_id INTEGER NOT NULL, rank INTEGER NOT NULL, position INTEGER NOT NULL, poi_id INTEGER NOT NULL, category_id INTEGER NOT NULL,
+  latitude REAL NOT NULL, longitude REAL NOT NULL, PRIMARY KEY (request_id, rank)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS billing (
   request_id INTEGER NOT NULL, slot INTEGER NOT NULL, billed REAL NOT NULL, PRIMARY KEY (request_id, slot)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS event (
@@ -50,15 +53,21 @@ CREATE TABLE IF NOT EXISTS shadow (
 """
 _INDICES = "CREATE INDEX IF NOT EXISTS event_unpushed ON event (received_us) WHERE pushed = 0;"
 
+# `event.slot` is the rank of the organic result where the type is organic_click.
 # `billing` holds the few clicks that cost less than the impression's payment, because a budget ended: 0 to payment, currency.
 _SPENT = """
 SELECT i.ad_id, SUM(COALESCE(b.billed, i.payment)) FROM event e JOIN impression i ON i.request_id = e.request_id AND i.slot = e.slot
 LEFT JOIN billing b ON b.request_id = e.request_id AND b.slot = e.slot
 WHERE e.type = 'click' AND e.time_us >= ? AND e.time_us < ? GROUP BY i.ad_id
 """
+_SHOWN_AD = "SELECT ad_id, time_us, payment FROM impression WHERE request_id = ? AND slot = ?"
+_SHOWN_ORGANIC = "SELECT NULL, r.time_us, 0.0 FROM organic o JOIN request r ON r.request_id = o.request_id WHERE o.request_id = ? AND o.rank = ?"
+_IS_BEHAVIOUR = """(e.type IN ('click', 'organic_click') OR (e.type = 'purchase' AND EXISTS (
+  SELECT 1 FROM event c WHERE c.request_id = e.request_id AND c.slot = e.slot AND c.type = 'click')))"""
+"""Clicks, and purchases whose click is known; opening a creative is none (marketplace.worlds logs none either)."""
 _DAY_US = 86_400_000_000
 
-_CLICK, _PURCHASE = "click", "purchase"
+_CLICK, _PURCHASE, _CREATIVE, _ORGANIC = "click", "purchase", "creative_click", "organic_click"
 _LOCK_WAIT_SECONDS = 3.0
 """Longest wait for another writer of the file before a page is refused."""
 
@@ -117,18 +126,30 @@ class PageRecord:
     pctr: np.ndarray
     propensity: np.ndarray
     receipts: list[dict[str, Any]]
+    organic: Sequence[tuple[int, int, int, float, float]] = ()
+    """(position on the whole page from 1, poi_id, category_id, latitude, longitude) of the page's organic results in their order."""
 
 
 @dataclass(frozen=True)
 class EventRecord:
-    """A click or purchase as it came in. `time` None: when it was received."""
+    """An event as it came in. `time` None: when it was received."""
 
-    type: Literal["click", "purchase"]
+    type: Literal["click", "purchase", "creative_click", "organic_click"]
     request_id: int
-    slot: int
+    slot: int | None
+    """None for an organic_click, which has a rank."""
     ad_id: int | None
     time: datetime | None
     order_value: float
+    rank: int | None = None
+
+    @property
+    def place(self) -> int:
+        """Slot of the ad or rank of the organic result: with request and type the event's key."""
+        place = self.rank if self.type == _ORGANIC else self.slot
+        if place is None:
+            raise ValueError(f"{self.type} of request {self.request_id} lacks its {'rank' if self.type == _ORGANIC else 'slot'}")
+        return place
 
 
 Outcome = Literal["accepted", "duplicate", "unknown_impression", "ad_mismatch"]
@@ -147,7 +168,7 @@ def _connect(path: Path, synchronous: str) -> sqlite3.Connection:
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute(f"PRAGMA synchronous={synchronous}")
         version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version not in (0, 1, 2, SCHEMA_VERSION):
+        if version not in range(SCHEMA_VERSION + 1):
             raise EventLogError(f"{path} has format {version}, this release writes {SCHEMA_VERSION}; move it away or export it with its own release")
         # Events of a log before format 3 count as pushed: nobody pushed them then, and their users' features have moved on.
         upgrade = "ALTER TABLE event ADD COLUMN pushed INTEGER NOT NULL DEFAULT 0;UPDATE event SET pushed = 1;" if version in (1, 2) else ""
@@ -186,7 +207,7 @@ class EventLog:
         return StoredAnswer(row[0], json.loads(row[1])) if row else None
 
     def write_page(self, page: PageRecord) -> None:
-        """Store a page and its impressions in one transaction; returns when it is durable.
+        """Store a page, its impressions and its organic results in one transaction; returns when it is durable.
 
         Raises DuplicateRequest, with nothing written, when the id is in the log: whoever comes second returns the first answer.
         """
@@ -210,6 +231,7 @@ class EventLog:
                 raise DuplicateRequest(stored)
             self._connection.execute(f"INSERT INTO request VALUES ({','.join('?' * 17)})", request)
             self._connection.executemany(f"INSERT INTO impression VALUES ({','.join('?' * 15)})", impressions)
+            self._connection.executemany("INSERT INTO organic VALUES (?,?,?,?,?,?,?)", [(page.request_id, rank, *item) for rank, item in enumerate(page.organic, start=1)])
 
     def spent_since(self, midnight: datetime) -> dict[int, float]:
         """What each ad with a budget was charged for the clicks of the UTC day that begins then, currency."""
@@ -246,9 +268,8 @@ class EventLog:
         outcomes: list[Outcome] = []
         with self._lock, _Transaction(self._connection):
             for event in events:
-                shown = self._connection.execute(
-                    "SELECT ad_id, time_us, payment FROM impression WHERE request_id = ? AND slot = ?", (event.request_id, event.slot)
-                ).fetchone()
+                place = event.place
+                shown = self._connection.execute(_SHOWN_ORGANIC if event.type == _ORGANIC else _SHOWN_AD, (event.request_id, place)).fetchone()
                 if shown is None:
                     outcomes.append("unknown_impression")
                 elif event.ad_id is not None and event.ad_id != shown[0]:
@@ -259,14 +280,14 @@ class EventLog:
                     limited = event.type == _CLICK and shown[0] in self.budgets
                     if limited:
                         self._spent_on(time_us // _DAY_US)  # as it was before this click
+                    pushed = int(event.type == _CREATIVE)  # no behaviour: nothing waits for the feature store
                     written = self._connection.execute(
-                        "INSERT OR IGNORE INTO event VALUES (?,?,?,?,?,?,0)", (event.request_id, event.slot, event.type, time_us, received_us, value)
+                        "INSERT OR IGNORE INTO event VALUES (?,?,?,?,?,?,?)", (event.request_id, place, event.type, time_us, received_us, value, pushed)
                     ).rowcount
                     if written and limited:
-                        self._bill(event.request_id, event.slot, shown[0], shown[2], time_us)
+                        self._bill(event.request_id, place, shown[0], shown[2], time_us)
                     outcomes.append("accepted" if written else "duplicate")
         return outcomes
-
 
     def unpushed(self, most: int = 1_000) -> tuple[pd.DataFrame, list[tuple[int, int, str]]]:
         """(BEHAVIOURS of the oldest events that the online feature store lacks, keys of those events for `mark_pushed`).
@@ -275,14 +296,13 @@ class EventLog:
         """
         with self._lock:
             found = self._connection.execute(
-                "SELECT request_id, slot, type FROM event WHERE pushed = 0 AND (type = 'click' OR EXISTS (SELECT 1 FROM event c WHERE c.request_id = "
-                "event.request_id AND c.slot = event.slot AND c.type = 'click')) ORDER BY received_us LIMIT ?", (most,)
-            ).fetchall()  # fmt: skip
+                f"SELECT request_id, slot, type FROM event e WHERE pushed = 0 AND {_IS_BEHAVIOUR} ORDER BY received_us LIMIT ?", (most,)  # noqa: S608
+            ).fetchall()
             keys = [(int(request), int(slot), str(kind)) for request, slot, kind in found]
             if not keys:
                 return pd.DataFrame(), []
-            names = [",".join(map(str, key[:2])) for key in keys]
-            chosen = f"(e.request_id, e.slot) IN (VALUES {','.join(f'({name})' for name in names)}) AND e.pushed = 0"  # whole numbers of our own
+            names = ",".join(f"({request},{slot},'{kind}')" for request, slot, kind in keys)  # whole numbers and types of our own
+            chosen = f"(e.request_id, e.slot, e.type) IN (VALUES {names})"
             frame = pd.read_sql_query(_BEHAVIOURS.format(where=chosen), self._connection)
         return _behaviours(frame), keys
 
@@ -367,18 +387,19 @@ def read_service_facts(path: Path, since: datetime | None = None, until: datetim
 
 
 _JOINED = """
-SELECT i.*, c.time_us AS click_us, p.time_us AS purchase_us, p.order_value AS order_value, b.billed AS billed
+SELECT i.*, c.time_us AS click_us, p.time_us AS purchase_us, p.order_value AS order_value, b.billed AS billed, o.type IS NOT NULL AS creative_click
 FROM impression i
 LEFT JOIN billing b ON b.request_id = i.request_id AND b.slot = i.slot
 LEFT JOIN event c ON c.request_id = i.request_id AND c.slot = i.slot AND c.type = 'click'
 LEFT JOIN event p ON p.request_id = i.request_id AND p.slot = i.slot AND p.type = 'purchase'
+LEFT JOIN event o ON o.request_id = i.request_id AND o.slot = i.slot AND o.type = 'creative_click'
 WHERE {where} ORDER BY i.time_us, i.request_id, i.slot
 """
 
 
 def read_impressions(path: Path, since: datetime | None = None, until: datetime | None = None) -> pd.DataFrame:
-    """IMPRESSIONS of the event log, with clicks and purchases joined. A purchase counts once its click is known; `payment` is what
-    the click was charged, less than its receipt says where a budget ended."""
+    """IMPRESSIONS of the event log, with clicks, purchases and opened creatives joined. A purchase counts once its click is known, an opened
+    creative by itself; `payment` is what the click was charged, less than its receipt says where a budget ended."""
     where, values = _window(since, until, "i.time_us")
     frame = _read(path, _JOINED.format(where=where), values)
     clicked = frame["click_us"].notna()
@@ -392,21 +413,39 @@ def read_impressions(path: Path, since: datetime | None = None, until: datetime 
     return _conform(frame, IMPRESSIONS)
 
 
-def read_behaviours(path: Path, since: datetime | None = None, until: datetime | None = None) -> pd.DataFrame:
-    """BEHAVIOURS that the clicks and purchases on ads are, event time in [since, until).
+def read_organic(path: Path, since: datetime | None = None, until: datetime | None = None) -> pd.DataFrame:
+    """ORGANIC of the event log, with clicks joined; pages whose request named organic results, request time in [since, until)."""
+    where, values = _window(since, until, "r.time_us")
+    frame = _read(path, _ORGANIC_JOINED.format(where=where), values)
+    frame["event_timestamp"] = _times(frame["time_us"])
+    return _conform(frame, ORGANIC)
 
-    `behaviour_id` is a hash of (request_id, slot, type) with bit 62 set: stable over exports and apart from small ids of other sources.
+
+_ORGANIC_JOINED = """
+SELECT o.*, r.time_us, r.user_id, e.type IS NOT NULL AS click
+FROM organic o JOIN request r ON r.request_id = o.request_id
+LEFT JOIN event e ON e.request_id = o.request_id AND e.slot = o.rank AND e.type = 'organic_click'
+WHERE {where} ORDER BY r.time_us, o.request_id, o.rank
+"""
+
+
+def read_behaviours(path: Path, since: datetime | None = None, until: datetime | None = None) -> pd.DataFrame:
+    """BEHAVIOURS that the clicks and purchases on ads and the clicks on organic results are, event time in [since, until).
+
+    `behaviour_id` is a hash of (request_id, slot or rank, type) with bit 62 set: stable over exports and apart from small ids of other sources.
     """
     where, values = _window(since, until, "e.time_us")
     return _behaviours(_read(path, _BEHAVIOURS.format(where=where), values))
 
 
-_BEHAVIOURS = """
-SELECT e.request_id, e.slot, e.type, e.time_us, i.user_id, r.session_id, i.poi_id, i.category_id, i.latitude, i.longitude, i.creative_id
-FROM event e JOIN impression i ON i.request_id = e.request_id AND i.slot = e.slot JOIN request r ON r.request_id = e.request_id
-WHERE {where} AND (e.type = 'click' OR EXISTS (
-  SELECT 1 FROM event c WHERE c.request_id = e.request_id AND c.slot = e.slot AND c.type = 'click'))
-ORDER BY e.time_us, e.request_id, e.slot, e.type
+_BEHAVIOURS = f"""
+SELECT e.request_id, e.slot, e.type, e.time_us, r.user_id, r.session_id, COALESCE(i.poi_id, o.poi_id) AS poi_id,
+  COALESCE(i.category_id, o.category_id) AS category_id, COALESCE(i.latitude, o.latitude) AS latitude,
+  COALESCE(i.longitude, o.longitude) AS longitude, COALESCE(i.creative_id, 0) AS creative_id
+FROM event e JOIN request r ON r.request_id = e.request_id
+LEFT JOIN impression i ON e.type <> 'organic_click' AND i.request_id = e.request_id AND i.slot = e.slot
+LEFT JOIN organic o ON e.type = 'organic_click' AND o.request_id = e.request_id AND o.rank = e.slot
+WHERE {{where}} AND {_IS_BEHAVIOUR} ORDER BY e.time_us, e.request_id, e.slot, e.type
 """
 
 
@@ -442,18 +481,22 @@ def read_receipts(path: Path, since: datetime | None = None, until: datetime | N
     return [json.loads(receipt) for receipt in frame["receipt"]]
 
 
-def export_logs(path: Path, out: Path, since: datetime | None = None, until: datetime | None = None, **tables: pd.DataFrame) -> dict[str, int]:
+def export_logs(path: Path, out: Path, since: datetime | None = None, until: datetime | None = None, **tables: pd.DataFrame | None) -> dict[str, int]:
     """Write live traffic as a folder of logs (`ega run CONFIG --logs OUT`); returns rows written by table.
 
-    The event log knows requests, impressions and behaviours (clicks and purchases on ads). A complete folder also needs the
-    catalogue and the profiles: pass them as `ads=` and `users=` frames in the schema's columns, or add them to the folder.
-    Further behaviours (visits from elsewhere) may be passed as `behaviours=`; they are joined by `behaviour_id`.
+    The event log knows requests, impressions, organic results (a table only where there were any) and behaviours (clicks on both, purchases).
+    A complete folder also needs the catalogue, the profiles and, where ads have several, the creatives: pass them as `ads=`, `users=` and
+    `creatives=` frames in the schema's columns (`features.store.load_creatives` gives the creatives; None: none), or add them to the folder. Further behaviours (visits from elsewhere) may be passed as `behaviours=`; they are joined by `behaviour_id`.
     """
     frames = {
         "requests": read_requests(path, since, until),
         "impressions": read_impressions(path, since, until),
         "behaviours": read_behaviours(path, since, until),
     }
+    organic = read_organic(path, since, until)
+    if len(organic):
+        frames["organic"] = organic
+    tables = {name: frame for name, frame in tables.items() if frame is not None}
     if "behaviours" in tables:
         joined = pd.concat([with_defaults(tables.pop("behaviours"), BEHAVIOURS)[BEHAVIOURS.names], frames["behaviours"]], ignore_index=True)
         frames["behaviours"] = joined.drop_duplicates("behaviour_id", keep="last", ignore_index=True)

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 import pyarrow as pa
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from marketplace.schema import ADS, IMPRESSIONS, ORGANIC, REQUESTS, Column
 from serving.settings import PriceMode
@@ -56,6 +56,7 @@ Probability = _of(IMPRESSIONS["pctr"])
 OrderValue = _of(IMPRESSIONS["order_value"])
 PoiId = _of(ORGANIC["poi_id"])
 CategoryId = _of(ORGANIC["category_id"])
+Rank = _of(ORGANIC["rank"])
 MOST_ORGANIC = int(ORGANIC["rank"].maximum or 0)
 
 Moment = AwareDatetime | Annotated[float, Field(allow_inf_nan=False, description="seconds since 1970 UTC")]
@@ -171,16 +172,34 @@ class RankResponse(BaseModel):
     degraded: list[str] = Field(description="What was missing or replaced; empty for a full answer. docs/serving.md lists the reasons.")
 
 
+EventType = Literal["click", "purchase", "creative_click", "organic_click"]
+
+
 class Event(BaseModel):
-    """What a user did with an ad shown. Counted at most once for each (request_id, slot, type)."""
+    """What a user did with a page: clicked on an ad, bought after it, opened its creative (nobody pays for that), or clicked on an organic result. Counted at most
+    once for each (request_id, slot, type), or (request_id, rank) of an organic result."""
 
     model_config = _STRICT
-    type: Literal["click", "purchase"]
+    type: EventType
     request_id: Identity
-    slot: Slot
-    ad_id: AdId | None = Field(None, description="Checked against the ad shown in the slot, if given.")
+    slot: Slot | None = Field(None, validate_default=True, description="Slot of the ad; needed but for an organic_click, which has none.")
+    rank: Rank | None = Field(None, validate_default=True, description="Place of the organic result in the request's `organic`, from 1; of an organic_click alone, which needs it.")
+    ad_id: AdId | None = Field(None, description="Checked against the ad shown in the slot, if given; an organic_click has none.")
     timestamp: Moment | None = Field(None, description="When it happened; default now.")
     order_value: OrderValue = Field(0.0, description="Value of the order, for purchases.")
+
+    @field_validator("slot", "rank", "ad_id")
+    @classmethod
+    def _place(cls, value: int | None, info: ValidationInfo) -> int | None:
+        """Ads have a slot, organic results a rank."""
+        kind = info.data.get("type")
+        if kind is not None:  # else the type is wrong, and that is said
+            organic = kind == "organic_click"
+            if value is None and info.field_name == ("rank" if organic else "slot"):
+                raise ValueError(f"{kind} needs {info.field_name}: {'the place of the organic result in the request, from 1' if organic else 'the slot of the ad'}")
+            if value is not None and organic != (info.field_name == "rank"):
+                raise ValueError(f"{kind} takes no {info.field_name}: {'an organic result is named by its rank' if organic else 'an ad is named by its slot'}")
+        return value
 
     @field_validator("timestamp")
     @classmethod
@@ -200,7 +219,8 @@ class RejectedEvent(BaseModel):
 
     index: int = Field(description="Position in the request's list, from 0.")
     request_id: Identity
-    slot: Slot
+    slot: Slot | None = Field(None, description="As sent; absent for an organic_click.")
+    rank: Rank | None = Field(None, description="As sent; of an organic_click alone.")
     reason: Literal["unknown_impression", "ad_mismatch"]
 
 

@@ -51,10 +51,10 @@ def specification() -> dict[str, Any]:
     _, schemas = models_json_schema(models, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     return {
         "openapi": "3.1.0",
-        "info": {"title": "EGA ranking service", "version": "1", "description": "Priced pages of ads, and the clicks and purchases on them."},
+        "info": {"title": "EGA ranking service", "version": "1", "description": "Priced pages of ads, and what users did with them."},
         "paths": {
             "/v1/rank": _post("rank", "A priced page of ads.", RankRequest, RankResponse, set(_ERRORS)),
-            "/v1/events": _post("events", "Clicks and purchases on ads shown.", EventsRequest, EventsResponse, set(_ERRORS) - {409}),
+            "/v1/events": _post("events", "Clicks and purchases on ads shown, and clicks on creatives and organic results.", EventsRequest, EventsResponse, set(_ERRORS) - {409}),
             "/readyz": _get("readyz", "Whether the service is warm.", {"200": "Ready.", "503": "Warming up, or it could not start."}),
             "/livez": _get("livez", "Whether the process lives.", {"200": "Alive."}),
             "/metrics": _get("metrics", "Prometheus metrics.", {"200": "Text exposition format."}),

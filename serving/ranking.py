@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from marketplace import organic
 from serving import metrics
 from serving.assignment import assign_arm
 from serving.catalogue import CityAds
@@ -285,11 +286,11 @@ class Ranking:
         return self._fallback.rank(ads, query), PAGE_FALLBACK
 
     def events(self, request: EventsRequest) -> EventsResponse:
-        """Store clicks and purchases, each once; unknown impressions are listed, never an error. Raises Refusal."""
+        """Store what users did, each event once; unknown impressions are listed, never an error. Raises Refusal."""
         if len(request.events) > self._config.max_events:
             raise Refusal(422, "too_many_events", f"events may hold at most {self._config.max_events}", "events")
         records = [
-            EventRecord(event.type, event.request_id, event.slot, event.ad_id, event.timestamp, event.order_value)  # type: ignore[arg-type]
+            EventRecord(event.type, event.request_id, event.slot, event.ad_id, event.timestamp, event.order_value, event.rank)  # type: ignore[arg-type]
             for event in request.events
         ]
         outcomes = self._log_call(lambda: self._log.write_events(records, self._clock()))
@@ -299,7 +300,7 @@ class Ranking:
         for index, (event, outcome) in enumerate(zip(records, outcomes, strict=True)):
             metrics.EVENTS.labels(type=event.type, outcome=outcome).inc()
             if outcome not in ("accepted", "duplicate"):
-                rejected.append(RejectedEvent(index=index, request_id=event.request_id, slot=event.slot, reason=outcome))
+                rejected.append(RejectedEvent(index=index, request_id=event.request_id, slot=event.slot, rank=event.rank, reason=outcome))
         return EventsResponse(accepted=outcomes.count("accepted"), duplicates=outcomes.count("duplicate"), rejected=rejected)
 
     def close(self) -> None:
@@ -348,6 +349,8 @@ def _record(
     answer = RankResponse(
         request_id=query.request_id, model_version=version, arm=arm, city_id=ads.city_id, price_mode=page.price_mode, ads=shown, degraded=degraded
     )
+    places = organic.positions(np.asarray(above, np.int64)[None, :], len(request.organic))[1][0]
+    listed = [(int(place), item.poi_id, item.category_id, item.latitude, item.longitude) for place, item in zip(places, request.organic, strict=True)]
     return PageRecord(
         request_id=query.request_id, body_sha256=identity, time=query.time, received=received, user_id=query.user_id, session_id=request.session_id,
         city_id=ads.city_id, latitude=query.latitude, longitude=query.longitude, utc_offset_minutes=query.utc_offset_minutes, slots=query.slots,
@@ -355,6 +358,7 @@ def _record(
         answer=answer.model_dump(mode="json"), ad_id=ads.ad_id[rows], creative_id=creative, poi_id=ads.poi_id[rows],
         category_id=ads.category_id[rows], ad_latitude=ads.latitude[rows], ad_longitude=ads.longitude[rows], bid=offered[rows],
         payment=page.price, pctr=page.pctr, propensity=page.propensity, receipts=_receipts(query, offered, ads, page, version),
+        organic=listed,
     )  # fmt: skip
 
 

@@ -104,8 +104,8 @@ class Ranker:
 
     @bentoml.api(route="/v1/events")
     def events(self, request: EventsRequest, /) -> EventsResponse:
-        """Clicks and purchases on ads shown; each is counted once, however often it is sent."""
-        return self._call(lambda ranking: ranking.events(request).model_dump(mode="json"))
+        """What users did with ads and organic results shown; each event is counted once, however often it is sent."""
+        return self._call(lambda ranking: ranking.events(request).model_dump(mode="json", exclude_none=True))
 
     def _call(self, work: Any) -> Any:
         if self._assembled is None:

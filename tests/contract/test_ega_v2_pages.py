@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +19,7 @@ from marketplace.creatives import CreativeConfig
 from marketplace.logs import read_table
 from marketplace.organic import OrganicConfig
 from marketplace.synthetic import SyntheticConfig
+from marketplace.validation import validate_logs
 from marketplace.worlds import WorldConfig, build_world
 from model.bundle import load_bundle, write_bundle
 from model.ega_v1.network import NetworkConfig
@@ -31,11 +33,18 @@ from model.kinds import STAGES
 from model.training.data import Samples
 from model.training.run import load_final, train_stage
 from model.training.stages import TrainingConfig
+from monitoring.experiment import _events_of, _rank_body, draw_users
+from monitoring.retraining import merge_logs
 from serving.assembly import load_cities
 from serving.catalogue import CityAds, split_by_city
 from serving.errors import Refusal
+from serving.event_log import EventLog, export_logs
 from serving.invariants import broken_invariant, broken_layout
+from serving.messages import EventsRequest, RankRequest
 from serving.policies import GeneratedPages, Organic, Query, load_model
+from serving.ranking import Ranking
+from serving.settings import Arm, ServingConfig
+from serving.users import UserReader
 
 KEY = b"k" * 32
 SHORT = {"steps": 6, "batch": 16, "validate_every": 3, "validation_requests": 16}
@@ -54,7 +63,8 @@ class Trained:
             creatives=CreativeConfig(per_ad=3, width=6), organic=OrganicConfig(items=2),
         )  # fmt: skip
         self.logs, self.home = folder / "logs", folder / "home"
-        build_world(world, 11).write_logs(self.logs)
+        self.world = build_world(world, 11)
+        self.world.write_logs(self.logs)
         build_features(self.logs, self.home, behaviours=8)
         sample_requests(self.logs, self.home, folder / "samples", SamplingConfig(unexposed=5), seed=5)
         self.samples = Samples(folder / "samples")
@@ -177,6 +187,47 @@ def test_what_this_model_cannot_do_is_refused_by_name(trained: Trained) -> None:
         unproved.prepare(replace(ads, creatives=ads.creatives[ads.creatives["ad_id"] != ads.ad_id[0]], members="fewer"))
     with pytest.raises(ValueError, match="quality_floor must be 0"):
         load_model(trained.bundle, KEY, "gsp", False, 8, 1, quality_floor=0.1)
+
+
+def test_what_users_do_with_generated_pages_is_training_input(trained: Trained, tmp_path: Path) -> None:
+    """Live requests answered by the model, what the market's users do sent back, exported, joined to the logs, validated and sampled: places on the page,
+    creatives opened and organic clicks arrive where the next training reads them."""
+    config = ServingConfig(home=tmp_path / "service", arms=(Arm(name="none", policy="model"),), events_synchronous="normal")
+    cities, policy = load_cities(trained.home), load_model(trained.bundle, KEY, "gsp", True, 8, 1)
+    for ads in cities.values():
+        policy.prepare(ads)
+    ranking = Ranking(config, cities, {"model": policy}, UserReader(lambda user_id: None, 5.0), EventLog(config.event_log, "normal"))
+    pages, sent = {}, []
+    requests = draw_users(trained.world.live_requests(), 40, seed=1)
+    for row in requests.itertuples():
+        organic = trained.world.organic_items([row.request_id])
+        page = pages[row.request_id] = ranking.rank(RankRequest.model_validate_json(json.dumps(_rank_body(row, organic))))
+        shown, creatives, above = ([ad[name] for ad in page["ads"]] for name in ("ad_id", "creative_id", "above"))
+        sent += _events_of(row, page, trained.world.respond(row, shown, creatives, above))
+    answer = ranking.events(EventsRequest.model_validate_json(json.dumps({"events": sent})))
+    assert answer.accepted == len(sent) and {event["type"] for event in sent} >= {"click", "creative_click", "organic_click"}
+    ranking.close()
+
+    live, merged, home = tmp_path / "live", tmp_path / "merged", tmp_path / "home"
+    visits = trained.world.live_behaviours()
+    export_logs(config.event_log, live, ads=trained.world.ad_table(), users=read_table(trained.logs, "users"), creatives=load_creatives(trained.home), behaviours=visits)
+    merge_logs(trained.logs, live, merged)
+    assert [failure for failure in validate_logs(merged, tmp_path / "validation").failures if failure.severity == "critical"] == []
+    build_features(merged, home, behaviours=8)
+    sample_requests(merged, home, tmp_path / "samples", SamplingConfig(unexposed=5), seed=5)
+    samples = Samples(tmp_path / "samples")
+    rows = np.flatnonzero(np.isin(samples.request_id, list(pages)))
+    assert len(rows) == len(pages) and set(np.asarray(samples.day)[rows]) == {np.max(samples.day)}
+    done = {(event["type"], event["request_id"], event.get("slot", event.get("rank"))) for event in sent}
+    creative_id = np.asarray(samples.creative_id)
+    for row in rows:
+        request = int(samples.request_id[row])
+        ads = pages[request]["ads"]
+        assert np.asarray(samples.above)[row, : len(ads)].tolist() == [ad["above"] for ad in ads]
+        assert creative_id[np.asarray(samples.exposed_creative)[row, : len(ads)]].tolist() == [ad["creative_id"] for ad in ads]
+        for kind, name in (("click", "click"), ("creative_click", "creative_click"), ("organic_click", "organic_click")):
+            found = np.flatnonzero(np.asarray(getattr(samples, name))[row, : len(ads) if kind != "organic_click" else None]) + 1
+            assert set(found.tolist()) == {place for what, which, place in done if (what, which) == (kind, request)}
 
 
 def test_an_unknown_user_and_a_page_without_organic_results_are_answered(trained: Trained) -> None:

@@ -11,10 +11,14 @@ from serving_world import tiny_bundle, vocabulary_of
 
 from cli import ab
 from marketplace import logs
+from marketplace.creatives import CreativeConfig
+from marketplace.organic import OrganicConfig
 from marketplace.synthetic import SyntheticConfig
+from marketplace.validation import validate_logs
 from marketplace.worlds import WorldConfig, build_world
 from monitoring.experiment import DriverConfig, FaultConfig
 from monitoring.report import MonitorConfig
+from monitoring.retraining import merge_logs
 from monitoring.verdict import ExperimentPlan
 
 GATES = {"ic": {"approved": True, "reason": "test"}, "revenue": {"approved": True, "reason": "test"}}
@@ -22,15 +26,18 @@ GATES = {"ic": {"approved": True, "reason": "test"}, "revenue": {"approved": Tru
 
 @pytest.fixture(scope="module")
 def market(tmp_path_factory):
-    """A run with a tiny world, and a home with its feature store: (run, home)."""
+    """A run with a tiny world of ads with creatives among organic results, and a home with its feature store: (run, home)."""
     from features.build import build_features
     from model.bundle import signing_key
 
     root = tmp_path_factory.mktemp("ab")
     run, home = root / "run", root / "ega" / "tiny"
     world = build_world(
-        WorldConfig(synthetic=SyntheticConfig(users=80, ads_per_city=40, places_per_city=60, categories=5, history_days=4, log_days=3, live_days=2)), 5
-    )
+        WorldConfig(
+            synthetic=SyntheticConfig(users=80, ads_per_city=40, places_per_city=60, categories=5, history_days=4, log_days=3, live_days=2),
+            creatives=CreativeConfig(per_ad=2, width=4), organic=OrganicConfig(items=2),
+        ), 5
+    )  # fmt: skip
     world.write_logs(run / "logs")
     world.save(run / "world")
     build_features(run / "logs", home, behaviours=16)
@@ -53,7 +60,7 @@ def _approved(home: Path, run: Path, seed: int) -> str:
     return str(approve_bundle(bundle, record, home, key))
 
 
-def test_three_arms_of_one_policy_under_delivery_faults_show_no_difference_and_lose_nothing(market):
+def test_three_arms_of_one_policy_under_delivery_faults_show_no_difference_and_lose_nothing(market, tmp_path):
     run, home = market
     driver = DriverConfig(workers=2, control_policy="bootstrap", treatment_policy="bootstrap", other_policies={"third": "bootstrap"}, faults=FaultConfig(duplicates=0.5, delay=0.4, clock_skew_seconds=30))
     plan = ExperimentPlan(treatment="second", others={"third": 1 / 3})
@@ -65,8 +72,18 @@ def test_three_arms_of_one_policy_under_delivery_faults_show_no_difference_and_l
     assert summary.duplicates > 0 and summary.delayed > 0 and summary.errors == 0
     assert result.analysis.verdict.code in ("no_difference", "win_not_safe")
     assert "third" in result.report.read_text()
-    # The traffic is input of the next training: complete, and with its manifest.
-    assert logs.verify_manifest(result.report.parent / "logs")["data_hash"]
+    # The traffic is input of the next training: complete, with its manifest, and as good as the logs that the market wrote.
+    traffic = result.report.parent / "logs"
+    assert logs.verify_manifest(traffic)["data_hash"]
+    organic, shown, behaviours = (logs.read_table(traffic, name) for name in ("organic", "impressions", "behaviours"))
+    assert (summary.organic_clicks, summary.creative_clicks) == (organic["click"].sum(), shown["creative_click"].sum())
+    assert min(summary.organic_clicks, summary.creative_clicks) > 0 and record["counts"]["clicks"] == shown["click"].sum()
+    clicked = behaviours[behaviours["action"] == 2]
+    assert len(clicked) == shown["click"].sum() + organic["click"].sum() and (clicked["creative_id"] == 0).sum() == organic["click"].sum()
+    assert set(organic["request_id"]) == set(logs.read_table(traffic, "requests")["request_id"])
+    assert [failure for failure in validate_logs(traffic, tmp_path / "validation").failures if failure.severity == "critical"] == []
+    merge_logs(run / "logs", traffic, tmp_path / "merged")
+    assert logs.days_of(tmp_path / "merged", "organic") == logs.days_of(tmp_path / "merged", "requests")
 
 
 def test_lost_clicks_make_the_experiment_invalid(market):

@@ -140,6 +140,19 @@ def test_the_next_request_sees_the_click(home: Path, service: Callable[..., Asse
     assert [ad["pctr"] for ad in second["ads"]] != [ad["pctr"] for ad in first["ads"]]
 
 
+def test_a_click_on_an_organic_result_joins_the_history_and_an_opened_creative_does_not(home: Path, service: Callable[..., Assembled]) -> None:
+    served = service()
+    items = [{"poi_id": 950 + k, "category_id": k, "latitude": 40.0, "longitude": -74.0} for k in range(2)]
+    before, shown = behaviours_of(home, 8), page(served, user=8, organic=items)
+    key = {"request_id": shown["request_id"]}
+    events = [{"type": "creative_click", **key, "slot": 1}, {"type": "organic_click", **key, "rank": 2}]
+    assert served.ranking.events(EventsRequest.model_validate({"events": events})).accepted == 2
+    found = read_user(open_store(home), 8, 16).histories
+    assert behaviours_of(home, 8)[1:] == before and found.count[0] == 9
+    assert (found.poi_id[0, 0], found.category_id[0, 0], found.action[0, 0], found.creative_id[0, 0]) == (951, 1, 2, 0)
+    assert served.ranking._log.unpushed()[1] == []
+
+
 def test_many_clicks_in_one_second_are_all_kept_in_order(home: Path, service: Callable[..., Assembled]) -> None:
     """Feast's Redis store drops what is not a whole second newer unless it is told otherwise; its SQLite store keeps what comes last."""
     served = service()

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from serving_world import BODY, catalogue, served_home
 
 from auction.receipt import difference
-from serving.event_log import read_impressions, read_receipts, read_requests, read_service_facts
+from serving.event_log import read_impressions, read_organic, read_receipts, read_requests, read_service_facts
 from serving.launch import Running, StartError, running_service
 from serving.openapi import FILE, rendered, specification
 from serving.settings import Arm, ServingConfig
@@ -139,6 +139,50 @@ def test_events_count_once_and_unknown_ones_are_listed(client: httpx.Client, hom
     assert again.json() == {"accepted": 0, "duplicates": 2, "rejected": rejected}
     logged = read_impressions(home / "events" / "events.db").query("request_id == @page['request_id']")
     assert logged["click"].tolist() == [1, 0, 0, 0, 0] and logged["order_value"].tolist() == [12.5, 0, 0, 0, 0]
+
+
+def test_creatives_opened_and_organic_results_clicked_are_on_record(client: httpx.Client, home: Path) -> None:
+    items = [{"poi_id": 900 + k, "category_id": k, "latitude": 40.0, "longitude": -74.0} for k in (2, 0, 1)]
+    page = post(client, BODY | {"organic": items, "slots": 2}).json()
+    key = {"request_id": page["request_id"]}
+    events = [
+        {"type": "creative_click", **key, "slot": 2, "ad_id": page["ads"][1]["ad_id"]},
+        {"type": "organic_click", **key, "rank": 3},
+        {"type": "organic_click", **key, "rank": 4},
+        {"type": "creative_click", **key, "slot": 3},
+    ]
+    first, again = (post(client, {"events": events}, "/v1/events") for _ in range(2))
+    rejected = [{"index": 2, **key, "rank": 4, "reason": "unknown_impression"}, {"index": 3, **key, "slot": 3, "reason": "unknown_impression"}]
+    assert first.json() == {"accepted": 2, "duplicates": 0, "rejected": rejected}
+    assert again.json() == {"accepted": 0, "duplicates": 2, "rejected": rejected}
+    log = home / "events" / "events.db"
+    shown, organic = (frame[frame["request_id"] == page["request_id"]] for frame in (read_impressions(log), read_organic(log)))
+    assert shown["creative_click"].tolist() == [0, 1] and shown["click"].tolist() == [0, 0]
+    assert organic["poi_id"].tolist() == [902, 900, 901] and organic["click"].tolist() == [0, 0, 1]
+    taken = [ad["slot"] + ad["above"] for ad in page["ads"]]
+    assert organic["position"].tolist() == [place for place in range(1, 6) if place not in taken]
+
+
+@pytest.mark.parametrize(
+    ("event", "field", "message"),
+    [
+        ({"type": "click"}, "slot", "click needs slot"),
+        ({"type": "creative_click", "rank": 1}, "slot", "creative_click needs slot"),
+        ({"type": "click", "slot": 1, "rank": 1}, "rank", "click takes no rank"),
+        ({"type": "organic_click"}, "rank", "organic_click needs rank"),
+        ({"type": "organic_click", "slot": 1}, "slot", "organic_click takes no slot"),
+        ({"type": "organic_click", "slot": 1, "rank": 1}, "slot", "organic_click takes no slot"),
+        ({"type": "organic_click", "rank": 1, "ad_id": 1000}, "ad_id", "organic_click takes no ad_id"),
+        ({"type": "organic_click", "rank": "1"}, "rank", "valid integer"),
+        ({"type": "organic_click", "rank": 0}, "rank", "greater than or equal to 1"),
+        ({"type": "organic_click", "rank": 51}, "rank", "less than or equal to 50"),
+        ({"type": "purchase", "slot": True}, "slot", "valid integer"),
+        ({"type": "visit", "slot": 1}, "type", "creative_click"),
+    ],
+)
+def test_an_event_at_no_place_or_at_two_is_refused_by_name(client: httpx.Client, event: dict[str, Any], field: str, message: str) -> None:
+    answer = post(client, {"events": [{"request_id": 1} | event]}, "/v1/events")
+    assert answer.status_code == 422 and answer.json()["error"]["field"].endswith(f"events.0.{field}") and message in answer.json()["error"]["message"]
 
 
 def raw(**fields: str) -> str:

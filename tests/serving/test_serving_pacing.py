@@ -17,7 +17,7 @@ from serving_world import BODY, NOW, bootstrap_ranking, catalogue, model_ranking
 import auction
 from auction.pacing import LOWEST, pace
 from auction.receipt import difference
-from serving.event_log import EventLog, EventLogError, EventRecord, read_impressions, read_receipts
+from serving.event_log import SCHEMA_VERSION, EventLog, EventLogError, EventRecord, read_impressions, read_receipts
 from serving.messages import EventsRequest, RankRequest
 from serving.pacing import BudgetError, read_budgets
 from serving.settings import ServingConfig, SettingsError, load_settings
@@ -173,8 +173,8 @@ def test_an_event_log_of_the_format_before_is_named_and_brought_up(tmp_path: Pat
     path = tmp_path / "events.db"
     EventLog(path).close()
     with closing(sqlite3.connect(path)) as connection:
-        connection.executescript("DROP TABLE billing; DROP TABLE shadow; DROP INDEX IF EXISTS event_unpushed; ALTER TABLE event DROP COLUMN pushed; PRAGMA user_version=1;")
-    with pytest.raises(EventLogError, match="has format 1, this release reads 3"):
+        connection.executescript("DROP TABLE organic; DROP TABLE billing; DROP TABLE shadow; DROP INDEX IF EXISTS event_unpushed; ALTER TABLE event DROP COLUMN pushed; PRAGMA user_version=1;")
+    with pytest.raises(EventLogError, match=f"has format 1, this release reads {SCHEMA_VERSION}"):
         read_impressions(path)
     EventLog(path).close()
     assert len(read_impressions(path)) == 0

@@ -43,7 +43,24 @@ class World:
             purchase=bought,
             purchase_delay_seconds=np.where(bought, 60.0, np.nan),
             order_value=np.where(bought, 12.5, 0.0),
+            creative_click=np.zeros(len(first), bool),
+            organic_click=np.zeros(0, bool),
+            organic_click_delay_seconds=np.zeros(0),
         )
+
+
+class MixedWorld(World):
+    """Two organic results a page, of which the second is clicked; the creative of the last ad is opened; every third page finds no ads."""
+
+    def organic_items(self, request_ids):
+        return pd.DataFrame({"poi_id": [11, 12], "category_id": [1, 2], "latitude": [1.0, 2.0], "longitude": [3.0, 4.0]})
+
+    def respond(self, row, page_ad_ids, creative_ids, above=None):
+        assert above is not None and len(above) == len(page_ad_ids)
+        response = super().respond(row, page_ad_ids, creative_ids)
+        response.creative_click = np.arange(len(page_ad_ids)) == len(page_ad_ids) - 1
+        response.organic_click, response.organic_click_delay_seconds = np.array([False, True]), np.array([np.nan, 7.25])
+        return response
 
 
 class Service:
@@ -87,10 +104,11 @@ class Service:
     def answer(self, path, body):
         if path == "/v1/events":
             for event in body["events"]:
-                self.events[(event["type"], event["request_id"], event["slot"])] = event
+                self.events[(event["type"], event["request_id"], event.get("slot", event.get("rank")))] = event
             return {"accepted": len(body["events"]), "duplicates": 0, "rejected": []}
         self.asked[body["user_id"]].append(body["timestamp"])
-        ads = [{"slot": s, "ad_id": 100 + s, "creative_id": 1, "price": 0.5, "pctr": 0.1, "bid": 1.0, "above": 0} for s in (1, 2, 3)]
+        shown = () if "organic" in body and body["request_id"] % 3 == 0 else (1, 2, 3)
+        ads = [{"slot": s, "ad_id": 100 + s, "creative_id": 1, "price": 0.5, "pctr": 0.1, "bid": 1.0, "above": 0} for s in shown]
         return {"request_id": body["request_id"], "model_version": "v", "arm": "ega" if body["user_id"] % 2 else "control", "city_id": 0, "ads": ads, "degraded": []}
 
     def __enter__(self):
@@ -117,6 +135,24 @@ def test_all_requests_are_sent_once_in_order_and_accounted_for(tmp_path):
     assert (responses["response_ms"] > 0).all()
     stored = json.loads((tmp_path / "experiment.json").read_text())
     assert stored["arms"]["control"]["answered"] + stored["arms"]["ega"]["answered"] == 60
+
+
+@pytest.mark.parametrize("faults", [FaultConfig(), FaultConfig(duplicates=0.5, delay=0.3)])
+def test_creatives_opened_and_organic_clicks_are_sent_and_counted_apart(tmp_path, faults):
+    with Service() as service:
+        summary = run_experiment(MixedWorld(), service.url, tmp_path, DriverConfig(workers=2, faults=faults), progress=False)
+    assert (summary.impressions, summary.clicks, summary.purchases, summary.creative_clicks, summary.organic_clicks) == (120, 40, 20, 40, 60)
+    assert summary.events_failed == 0 and len(service.events) == 160
+    assert {key[2] for key in service.events if key[0] == "creative_click"} == {3} and {key[2] for key in service.events if key[0] == "organic_click"} == {2}
+    clicked, opened = service.events[("organic_click", 3, 2)], service.events[("creative_click", 2, 3)]
+    assert set(clicked) == {"type", "request_id", "rank", "timestamp"} and pd.Timestamp(clicked["timestamp"]) == START + pd.Timedelta(127.25, "s")
+    assert opened["ad_id"] == 103 and pd.Timestamp(opened["timestamp"]) == START + pd.Timedelta(60, "s")
+
+
+def test_a_bad_day_takes_organic_clicks_and_opened_creatives_too(tmp_path):
+    with Service() as service:
+        summary = run_experiment(MixedWorld(), service.url, tmp_path, DriverConfig(workers=2, habits=HabitConfig(day_drift=0.9)), progress=False)
+    assert 0 < summary.organic_clicks < 60 and 0 < summary.creative_clicks < 40
 
 
 def test_busy_answers_and_cut_connections_are_tried_again(tmp_path, monkeypatch):

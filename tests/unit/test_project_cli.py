@@ -152,6 +152,10 @@ def test_doctor_reads_the_stores_of_every_configuration(home, capsys):
     assert doctor(home, port=0) == 0
     out = capsys.readouterr().out
     assert f"tiny: {tag} approved and verified" in out and "feature store with 5 views" in out and "event log with 0 pages" in out
+    with sqlite3.connect(event_log_path(place)) as connection:
+        connection.execute("PRAGMA user_version = 3")
+    assert doctor(home, port=0) == 0
+    assert "the next `ega serve` brings it up" in capsys.readouterr().out
 
     weights = place / "bentoml" / "models" / "ega-v1" / tag.split(":")[1] / "model.safetensors"
     weights.chmod(0o644)
