@@ -54,7 +54,8 @@ def with_selected(place: Market, pages: pd.DataFrame, above: str | None = None) 
 
 
 TRUTHFUL = " at truthful prices"
-"""Behind a policy's name: the same pages at critical prices (MCA, EGA-V1) or implicit ones (pages that are searched for) instead of GSP."""
+"""Behind a policy's name: the same pages at critical prices (MCA, EGA-V1) or implicit ones (pages that are searched for) instead of GSP. Where a selector
+changes the creative afterwards (GR, -creative), prices stay those of the creative that the search chose."""
 
 
 def policies(place: Market, psi: dict[str, float], sweep: bool) -> Iterator[pd.DataFrame]:
@@ -107,7 +108,7 @@ def policies(place: Market, psi: dict[str, float], sweep: bool) -> Iterator[pd.D
 
 
 def v2(config: Path | None = None, seeds: int = 5, quick: bool = False, keep: Path | None = None) -> dict[str, Any]:
-    """EGA (V2), GR, MCA and EGA-V1 with ablations, all with GSP: true clicks, revenue and welfare, and what organic results lose."""
+    """EGA (V2), GR, MCA and EGA-V1 with ablations, with GSP and at truthful prices: true clicks, revenue and welfare, and what organic results lose."""
     from marketplace.truth import paired_lift
     from pipelines.config import load_run_config
 

@@ -46,8 +46,7 @@ def find_incumbent(home: Path, key: bytes, kind: str) -> Incumbent | None:
     live = bundle.network.config.kind
     if (live == "ega_v2") != (kind == "ega_v2"):
         raise ValueError(f"the live model {approved.version} of {home} is of kind {live}, the candidate of kind {kind}: replay cannot compare their pages. Give the configuration a name of its own, and compare the two by `ega ab`")
-    mode = "learned" if approved.price_mode == "learned" else "critical"
-    return Incumbent(bundle.network, bundle.vocabulary["tables"], mode, approved.version)
+    return Incumbent(bundle.network, bundle.vocabulary["tables"], approved.price_mode, approved.version)
 
 
 def judge_candidate(samples: Path, logs: Path, run_dir: Path, home: Path, config: str, seed: int, weights: str, code_version: str) -> dict[str, Any]:

@@ -102,7 +102,7 @@ class DriverConfig:
     shadow: bool = False
     """Users see the control only; arm B answers the same requests unseen, and its pages are compared with those that were shown."""
     faults: FaultConfig = Field(default_factory=FaultConfig)
-    """Delivery of clicks and purchases."""
+    """Delivery of events."""
     habits: HabitConfig = Field(default_factory=HabitConfig)
     """How people change over the days."""
 

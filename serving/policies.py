@@ -299,7 +299,10 @@ def load_model(
 
     torch.set_num_threads(threads)
     bundle = load_bundle(folder, key)
-    if bundle.manifest["kind"] != "ega_v2":
+    searched = bundle.manifest["kind"] == "ega_v2"
+    if default_mode in (("critical", "vcg") if searched else ("implicit",)):
+        raise ValueError(f"model {bundle.version} has no {default_mode} prices: set price_mode to {'implicit' if searched else 'critical'}, or to auto for what its gates chose")
+    if not searched:
         return Model(bundle, default_mode, learned_allowed, behaviours, currency_step, quality_floor, device, dtype)
     if quality_floor > 0 or device != "cpu":
         raise ValueError(f"model {bundle.version} is an EGA (V2): quality_floor must be 0 and device cpu for it (got {quality_floor:g} and {device})")

@@ -73,7 +73,7 @@ class ServingConfig:
     salt: str = "ega"
     """Experiment salt of the assignment hash; a new salt reshuffles the users."""
     price_mode: PriceMode | Literal["auto"] = "auto"
-    """Price rule of the model arm; 'auto': what the gates chose, 'learned' if the payment network passed its own, else 'critical' (EGA (V2): 'gsp')."""
+    """Price rule of the model arm; 'auto': what the gates chose, 'learned' if the payment network passed its own, else 'critical' (EGA (V2): 'implicit')."""
     quality_floor: float = 0.0
     """Least set-aware pCTR, in [0, 1), with which the model arm shows an ad; a filter on predicted clicks, never on bids."""
     alpha_limits: tuple[float, float] = (0.0, 10.0)
@@ -117,7 +117,7 @@ class ServingConfig:
     feature_cache_seconds: float = 3_600.0
     """Oldest features that may replace fresh ones."""
     push_events: bool = True
-    """Write accepted clicks and purchases to the online feature store, so that the user's next request sees them."""
+    """Write accepted clicks, on organic results too, and purchases to the online feature store, so that the user's next request sees them."""
     push_wait_ms: float = 200.0
     """Longest wait of /v1/events for that write; later ones follow by themselves."""
     drain_seconds: float = 1.0

@@ -59,7 +59,7 @@ class Approved:
 
     @property
     def price_mode(self) -> str:
-        """Default price rule that the gates allow: 'learned' or 'critical'."""
+        """Default price rule that the gates allow: 'learned', 'critical' or 'implicit'."""
         return str(self.gates.get("price_mode", "critical"))
 
 
@@ -107,7 +107,7 @@ def check_gate_record(path: Path, bundle: Path, key: bytes) -> dict[str, Any]:
     if record.get("bundle_version") != manifest["version"] or record.get("manifest_sha256") != sha256_of(Path(bundle) / "manifest.json"):
         raise ApprovalError(f"refused: {path} speaks about bundle {record.get('bundle_version')}, not about {manifest['version']} as it lies here")
     if record.get("price_mode") not in ("critical", "learned", "implicit"):
-        raise ApprovalError(f"refused: price_mode in {path} must be 'critical', 'learned' or 'implicit', got {record.get('price_mode')!r}")
+        raise ApprovalError(f"refused: price_mode in {path} must be 'critical', 'learned' or 'implicit', got {record.get('price_mode')!r}: judge the model again")
     return record
 
 

@@ -22,7 +22,7 @@ from model.ega_v2.beam import Catalogue, Offers
 from model.ega_v2.data import BEHAVIOUR_COLUMNS, HOUR_COLUMN, ranks
 from model.ega_v2.model import EgaV2Model
 from model.ega_v2.network import NONE, History
-from model.ega_v2.payment import RULES, Rule, prices, probed, shown_pages
+from model.ega_v2.payment import Rule, prices, probed, shown_pages
 
 
 class UnknownCreatives(ValueError):
@@ -117,8 +117,6 @@ class PageEngine:
         self.bundle = bundle
         self.model = cast(EgaV2Model, bundle.network)
         self.slots, self.organic_items = self.model.config.slots, self.model.config.ega_v2.organic_items
-        mode = bundle.gates.get("price_mode", "implicit")
-        self.default_price_mode: Rule = mode if mode in RULES else "implicit"
 
     def prepare_city(self, ad_ids: np.ndarray, ads: Places, creatives: Creatives) -> CityPages:
         """Codes and tries of a city's active ads. Recompute when ads or creatives come or go; bids do not matter. New ads get their codes

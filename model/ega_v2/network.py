@@ -386,12 +386,14 @@ def generation_losses(logits: PageLogits, poi_BKC: Tensor, creative_BKE: Tensor)
 class Decoding:
     """`EgaV2` as a `beam.Decoder`: one token a step, keys and values of the tokens so far.
 
-    Beams that hold the same POIs differ in creatives alone, and searches for one request differ in bids alone; the network reads neither bids nor, in the POI decoder,
-    creatives. So every prefix is computed once, however many beams have it.
+    Searches for one request differ in bids, and with multi-token prediction beams that hold the same POIs differ in creatives; the network reads no bids, and the POI decoder then
+    no creatives. So every prefix is computed once, however many beams have it.
     """
 
     def __init__(self, network: EgaV2, memory: Memory, beams: int, slots: int, batch: int | None = None) -> None:
         """`batch`: so many searches for the one request of `memory`, e.g. with other bids; by default one for each of its requests."""
+        if batch is not None and len(memory.token) != 1:
+            raise ValueError(f"{batch} searches were asked for one request, and the memory is of {len(memory.token)}")
         if slots > network.config.slots:
             raise ValueError(f"a page of {slots} slots was asked of a network for {network.config.slots}")
         self.network, self.beams, self.batch = network, beams, len(memory.token) if batch is None else batch
@@ -444,8 +446,8 @@ class Decoding:
 
     def _creative_start(self, poi_XC: Tensor) -> Tensor:
         """Prefixes of creatives grow by the page of POIs so far: its last code is in no prefix of POIs yet."""
-        codes = self.network.sizes.poi_codes
-        beam = self.creative.grow(self.poi.row * codes + poi_XC[:, -1].clamp(min=0), len(self.state) * codes)
+        codes, poi_XC = self.network.sizes.poi_codes, poi_XC.clamp(min=0)
+        beam = self.creative.grow(self.poi.row * codes + poi_XC[:, -1], len(self.state) * codes)
         return self.network.creative_start(self.state[self.poi.row[beam]], poi_XC[beam])
 
     def keep(self, parent_BR: Tensor) -> None:

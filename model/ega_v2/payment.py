@@ -175,7 +175,8 @@ def probed(
     liar = ad.repeat_interleave(bids_KS.shape[1])
     pages, chance, _, best = _chosen(network, memory, catalogue, _trials(offers, liar, bids_KS.flatten(), reserve), features, config, best_of_beam)
     rows = torch.arange(len(liar))
-    return (chance[rows, best] * (pages.ad[rows, best] == liar.unsqueeze(1))).sum(-1).view(bids_KS.shape)
+    found = (chance[rows, best] * (pages.ad[rows, best] == liar.unsqueeze(1))).sum(-1).view(bids_KS.shape)
+    return found.float().double()  # as `Shown` keeps chances: where nothing changes with the bid the price is the reserve itself
 
 
 def _as_one(pages: Pages) -> Pages:
@@ -315,13 +316,16 @@ def prices(network: EgaV2, pages: Shown, rule: Rule) -> Tensor:
         lead = pages.bid.shape[:-1]
         flat = Shown(*(values.flatten(0, len(lead) - 1) if len(lead) > 1 else values for values in vars(pages).values()))
         return network.payment(flat.state, flat.bid, flat.exposure, flat.reserve, flat.rival / flat.ctr.clamp(min=1e-12), flat.pivot).view(pages.bid.shape)
+    if rule != "gsp":
+        raise ValueError(f"rule {rule!r} is unknown; use one of {', '.join(RULES)}")
     return torch.minimum(torch.maximum(pages.rival / pages.ctr.clamp(min=1e-12), pages.reserve), pages.bid)
 
 
 def outcomes(network: EgaV2, found: Audit, rule: Rule, judged: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Expected payment and utility as played, [Q, A] each, 0 for ads not displayed, and the utility of every trial bid [Q, A, G].
 
-    Pages and prices are the reward model's; with `judged` the other judge says how often they are clicked. `implicit` prices are their expectations.
+    Pages and prices are the reward model's; with `judged` the other judge says how often they are clicked. of `implicit` prices the expectations
+    by Myerson's identity (`identity_prices`), which single draws reach wherever the chance of a click does not fall with the bid; where it does, a draw stops at the reserve.
     """
     clicks = (found.truth.judged, found.trial.judged) if judged else (found.truth.ctr, found.trial.ctr)
     shown, at = found.place >= 0, found.place.clamp(min=0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -86,7 +86,8 @@ class Incumbent:
     network: RankingModel
     vocabulary: dict[str, list[int]]
     """Tables of its vocab.json."""
-    mode: PriceMode
+    mode: PriceMode | Literal["implicit"]
+    """How it charges; `implicit` pages are EGA (V2)'s."""
     version: str
 
 

@@ -185,6 +185,8 @@ def test_what_this_model_cannot_do_is_refused_by_name(trained: Trained) -> None:
         unproved.prepare(replace(ads, creatives=None, members="other"))
     with pytest.raises(UnknownCreatives, match="1 of .* ads have no creative"):
         unproved.prepare(replace(ads, creatives=ads.creatives[ads.creatives["ad_id"] != ads.ad_id[0]], members="fewer"))
+    with pytest.raises(ValueError, match="has no critical prices: set price_mode to implicit"):
+        load_model(trained.bundle, KEY, "critical", False, 8, 1)
     with pytest.raises(ValueError, match="quality_floor must be 0"):
         load_model(trained.bundle, KEY, "gsp", False, 8, 1, quality_floor=0.1)
 

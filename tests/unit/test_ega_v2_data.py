@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from auction.implicit import draws, implicit_price, probe_bids
 from features.build import build_features
 from features.sampling import SamplingConfig, sample_requests
 from marketplace import schema
@@ -22,12 +23,12 @@ from model.ega_v2.beam import Offers, Pages, search
 from model.ega_v2.config import SearchConfig, V2Config
 from model.ega_v2.data import PageData, places_of_page
 from model.ega_v2.model import AUDIENCE_WIDTH, audiences
-from model.ega_v2.payment import RULES, Audit, PaymentConfig, Shown, identity_prices, outcomes, prices, psi_of, regret_of, shown_pages
+from model.ega_v2.payment import RULES, Audit, PaymentConfig, Shown, audit, identity_prices, outcomes, prices, probed, psi_of, regret_of, shown_pages
 from model.ega_v2.replay import city_scores, read_logged, read_pages, replay_v2
 from model.ega_v2.stages import PretrainConfig, RewardConfig, RlafConfig, V2TrainingConfig, marginal_rewards
 from model.ega_v2.tokenizer import TokenizerError
 from model.ega_v2.training import audited
-from model.evaluation.replay import EvaluationConfig
+from model.evaluation.replay import EvaluationConfig, Incumbent
 from model.kinds import STAGES
 from model.training.data import Samples
 from model.training.run import load_stage, train_stage
@@ -268,6 +269,48 @@ def test_the_rival_of_a_place_is_read_in_that_place(data) -> None:
         best = max(best, float(worth({places[-1]: (proposed, beam, at)})[places[-1]]))
     assert best > 0 and float(shown.rival[0, places[-1]]) == pytest.approx(best, rel=1e-5)
     assert bool((shown.rival[0][page.ad[0, 0] < 0] == 0).all())
+
+
+@torch.inference_mode()
+def test_what_is_charged_is_what_the_gate_measures(data) -> None:
+    """`probed` is a loop of whole pages, bid by bid; the mean of many implicit prices comes near the expected price that regret is measured with."""
+    network, samples, config = data.model.core, data.samples, SearchConfig(beams=4, alpha=2.0, beta=0.02)
+    mine, history, catalogue, offers, features = next(iter(data.groups(samples.split_rows(schema.TEST)[:1], 3)))
+    reserve = torch.from_numpy(data.city_offers(int(samples.day[mine[0]]), int(samples.city_code[mine[0]])).city.reserve)
+    memory = network.encode(history)
+    shown, page, _ = shown_pages(network, memory, catalogue, offers, features, reserve, config)
+    at = torch.nonzero(page.ad[0, 0] >= 0).squeeze(1)
+    ad, drawn = page.ad[0, 0][at], np.stack([draws(11, int(one), 8) for one in page.ad[0, 0][at]])
+    bid, floor, ctr = (values[0, at].double().numpy() for values in (shown.bid, shown.reserve, shown.ctr))
+    less = torch.from_numpy(probe_bids(bid, floor, drawn))
+    found = probed(network, memory, catalogue, offers, features, reserve, config, ad, less)
+    assert found.shape == (3, 8) and float(found.std()) > 0
+    for k in range(len(ad)):
+        for s in range(less.shape[1]):
+            changed = replace(offers, bid=offers.bid.clone(), value=offers.value.clone())
+            changed.bid[0, ad[k]] = less[k, s]
+            changed.value[0, ad[k]] *= less[k, s] / offers.bid[0, ad[k]]
+            other, there, _ = shown_pages(network, memory, catalogue, changed, features, reserve, config)
+            assert float(found[k, s]) == pytest.approx(float((other.ctr[0] * (there.ad[0, 0] == ad[k])).sum()), rel=1e-5)
+    factors = tuple(np.linspace(0.02, 1.0, 50).tolist())
+    exact = audit(network, history, catalogue, offers, features, reserve, 3, factors, config)
+    expected, _ = identity_prices(exact)
+    many = torch.from_numpy(probe_bids(bid, floor, np.stack([draws(11, int(one), 60) for one in ad])))
+    price = implicit_price(bid, floor, ctr, probed(network, memory, catalogue, offers, features, reserve, config, ad, many).numpy())
+    assert exact.ad[0, :3].tolist() == ad.tolist()
+    np.testing.assert_allclose(price, expected[0, :3, -1].numpy(), rtol=0.05)
+    assert (price < bid).any() and (price > floor).any()
+
+
+def test_an_incumbent_that_is_the_candidate_earns_the_same(data) -> None:
+    """Charged as it was approved: implicit prices, by the same draws."""
+    config = EvaluationConfig(requests=6, calibration_requests=20, audited_requests=1, audited_losers=1, recall_at=10)
+    for mode in ("implicit", "learned"):
+        found = replay_v2(data.model, data.samples, config, Incumbent(data.model, data.samples.vocabulary, mode, "a" * 12))
+        revenue = found.per_request.pivot_table(index="request_id", columns="policy", values="revenue")
+        np.testing.assert_allclose(revenue["incumbent"], revenue[f"ega_v2/{mode}"], rtol=1e-6)
+    with pytest.raises(ValueError, match="rule 'critical' is unknown"):
+        prices(data.model.core, None, "critical")
 
 
 def test_predictions_stand_on_the_clicks_of_the_validation_days(data) -> None:

@@ -187,6 +187,8 @@ def test_a_prefix_is_computed_once_however_many_beams_have_it() -> None:
 
 def test_a_longer_page_than_the_network_knows_is_refused() -> None:
     model = network()
+    with pytest.raises(ValueError, match="3 searches were asked for one request, and the memory is of 2"):
+        Decoding(model, model.encode(history(2)), 2, SLOTS, batch=3)
     with pytest.raises(ValueError, match="5 slots"):
         Decoding(model, model.encode(history(1)), 2, SLOTS + 1)
 
