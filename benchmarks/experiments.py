@@ -354,6 +354,11 @@ def _delivered(frame: pd.DataFrame, generator: np.random.Generator, most_copies:
     return frame.loc[frame.index.repeat(copies)].sample(frac=1.0, random_state=generator).reset_index(drop=True)
 
 
+def peak_bytes() -> int:
+    """The most memory that this process has held. Not getrusage: Linux hands a child the peak of the process that started it."""
+    return 1024 * int(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")))
+
+
 def join_and_measure(folder: Path) -> dict[str, float]:
     """Join a folder of raw traffic in this process; seconds, peak memory in GB, and the sums that came out."""
     from monitoring.facts import per_user, read_facts
@@ -363,10 +368,8 @@ def join_and_measure(folder: Path) -> dict[str, float]:
     counts = update(folder, folder / "store").counts
     joined, worked = time.perf_counter(), time.process_time() - worked
     users = per_user(read_facts(folder / "store"))
-    # Not getrusage: Linux hands a child the peak of the process that started it, and that one made the events.
-    peak = 1024 * int(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))) / 1e9
     return {
-        "seconds_join": joined - begun, "processor_seconds_join": worked, "seconds_per_user_sums": time.perf_counter() - joined, "peak_gb": peak, "impressions": counts.impressions,
+        "seconds_join": joined - begun, "processor_seconds_join": worked, "seconds_per_user_sums": time.perf_counter() - joined, "peak_gb": peak_bytes() / 1e9, "impressions": counts.impressions,
         "clicks": counts.clicks, "purchases": counts.purchases, "duplicates": counts.duplicate_events + counts.duplicate_impressions + counts.duplicate_requests,
         "revenue": float(users["revenue"].sum()), "gmv": float(users["gmv"].sum()),
     }  # fmt: skip

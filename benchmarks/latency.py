@@ -34,14 +34,16 @@ class Setting:
         from marketplace import schema
         from model.bundle import Bundle
         from model.ega_v1.network import EgaV1, NetworkConfig, VocabularySizes
+        from model.kinds import create
 
         rng = np.random.default_rng(seed)
         torch.manual_seed(seed)
         sizes = VocabularySizes(ad=ads + 2, poi=ads + 2, advertiser=ads // 10 + 3, category=200, geo=2000, creative=ads + 2)
-        model = EgaV1(NetworkConfig(**network), sizes).eval()
-        with torch.no_grad():
-            for layer in (model.generator.add, model.generator.scale):  # zero before stage 3, and then slots would not differ
-                layer.weight.normal_(std=0.02)
+        model = create(NetworkConfig(**network), sizes).eval()
+        if isinstance(model, EgaV1):
+            with torch.no_grad():
+                for layer in (model.generator.add, model.generator.scale):  # zero before stage 3, and then slots would not differ
+                    layer.weight.normal_(std=0.02)
         self.bundle = Bundle("0" * 12, model, {}, {}, {}, {})
 
         def fields(columns: Any, *shape: int) -> np.ndarray:
@@ -168,10 +170,10 @@ def resident_megabytes(ads: int, behaviours: int, network: dict[str, Any], execu
     """Peak resident memory of a fresh process that prepares the city and answers three requests."""
     arguments = json.dumps([ads, behaviours, network, execution])
     code = (
-        "import json, resource, sys; from benchmarks.latency import Setting; ads, behaviours, network, execution = json.loads(sys.argv[1])\n"
+        "import json, sys; from benchmarks.experiments import peak_bytes; from benchmarks.latency import Setting; ads, behaviours, network, execution = json.loads(sys.argv[1])\n"
         "rank = Setting(ads, behaviours, network).ranking(**execution)\n"
         "for _ in range(3): rank()\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+        "print(peak_bytes() / 2**20)"
     )
     done = subprocess.run([sys.executable, "-c", code, arguments], capture_output=True, text=True, check=True)
     return float(done.stdout)
@@ -181,7 +183,7 @@ def latency(
     device: str = "cpu", ads: int = 100_000, behaviours: int = 1_000, fusions: tuple[tuple[int, ...], ...] = ((3, 6), (6,)), runs: int = 5,
     network: dict[str, Any] | None = None, quickstart_ads: int = 3_000, rounding_requests: int = 20, quick: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """One request at the paper's sizes: plain network, each saving, the matrix-multiply floor, growth with N, memory."""
+    """One request at the paper's sizes: plain network, each saving, the matrix-multiply floor, growth with N, the served cascade, memory."""
     if quick:
         return latency(device, 2_000, 140, ((2, 3), (3,)), 1, {**PAPER, "width": 16, "clusters": 4, "blocks": 3, "auction_blocks": 1, "heads": 2}, 200, 2)
     import torch
@@ -195,7 +197,7 @@ def latency(
     table: list[dict[str, Any]] = []
     for fusion in fusions:
         aggregated, activated = ({**paper, "fusion_after": fusion, "qkv_activation": name} for name in ("none", "dice"))
-        setting, name = Setting(ads, behaviours, aggregated), "{" + ",".join(map(str, fusion)) + "}"
+        setting, name = Setting(ads, behaviours, aggregated), _braces(fusion)
         engine, city = setting.engine(**execution)
         steps: list[tuple[str, Callable[[], Any], int]] = [
             ("plain network, all ads at once, float32", setting.plain(False), max(1, runs // 2)),
@@ -221,17 +223,33 @@ def latency(
             f"served_over_floor_processor_{key}": served[1] / bare[1], f"gigaflops_{key}": gigaflops(aggregated, ads),
             f"floor_gigaflops_a_second_{key}": 1e3 * gigaflops(aggregated, ads) / bare[0],
         }  # fmt: skip
-    main = {**paper, "fusion_after": fusions[0], "qkv_activation": "none"}
-    for count in (ads // 100, ads // 10, ads):
-        result[f"served_ms_at_{count}"], result[f"processor_ms_at_{count}"] = _milliseconds(Setting(count, behaviours, main).ranking(**execution), runs)
-    result["resident_megabytes"] = resident_megabytes(ads, behaviours, main, execution)
+    served = [{**paper, "fusion_after": fusion, "qkv_activation": "none"} for fusion in fusions]
+    main, sizes = served[0], []
+
+    def size(label: str, network: dict[str, Any], count: int, history: int, times: int) -> float:
+        """A row of the second table; its wall milliseconds."""
+        wall, busy = _milliseconds(Setting(count, history, network).ranking(**execution), times)
+        sizes.append({"network": label, "ads": count, "behaviours": history, "ms": wall, "processor ms": busy})
+        return wall
+
+    for count in (ads // 100, ads // 10):
+        result[f"served_ms_at_{count}"] = size(f"EGA-V1, fusion after {_braces(fusions[0])}", main, count, behaviours, runs)
+    whole = [size(f"EGA-V1, fusion after {_braces(network['fusion_after'])}", network, ads, behaviours, runs) for network in served]
+    result[f"served_ms_at_{ads}"] = whole[0]
+    cascade = size("MCA: SASRec, DSSM, DIN", {**main, "kind": "mca"}, ads, behaviours, runs)
+    result |= {f"over_cascade_{'_'.join(map(str, fusion))}": wall / cascade for fusion, wall in zip(fusions, whole, strict=True)}
     if quickstart_ads:
-        quickstart = Setting(quickstart_ads, 48, QUICKSTART)
-        result[f"quickstart_ms_at_{quickstart_ads}"], result["quickstart_processor_ms"] = _milliseconds(quickstart.ranking(**execution), 4 * runs)
-        result["quickstart_plain_ms"], result["quickstart_plain_processor_ms"] = _milliseconds(quickstart.plain(True), 4 * runs)
+        result[f"quickstart_ms_at_{quickstart_ads}"] = size("EGA-V1, config/quickstart.yaml", QUICKSTART, quickstart_ads, 48, 4 * runs)
+        size("MCA, config/quickstart.yaml", {**QUICKSTART, "kind": "mca"}, quickstart_ads, 48, 4 * runs)
+    result["resident_megabytes"] = resident_megabytes(ads, behaviours, main, execution)
     if rounding_requests:
         result |= rounding(Setting(ads // 10, behaviours, main), rounding_requests, execution)
-    return {**result, "table": table}
+    machine = ("device", "dtype", "threads", "resident_megabytes", "bfloat16_same_pages_percent", "bfloat16_pctr_off_by_percent")
+    return {**result, "table": table, "second_table": sizes, "third_table": [{name.replace("_", " "): result[name] for name in machine if name in result}]}
+
+
+def _braces(numbers: tuple[int, ...]) -> str:
+    return "{" + ",".join(map(str, numbers)) + "}"
 
 
 def rounding(setting: Setting, requests: int, execution: dict[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ SECTIONS: dict[str, tuple[str, str]] = {
     "ab": ("A/B statistics on the simulated market", "False positives at 5 % in A/A tests, and how often the 95 % interval holds a lift of 5.2 % that was made. Read with [experiments.md](experiments.md)."),
     "alarms": ("Alarms: injected changes, clean days", "Each change is in for one day; clean days must raise none beyond the stated rate. Read with [experiments.md](experiments.md)."),
     "events": ("Joining a million events", "Impressions, clicks and purchases from Parquet to clean logs, in a process of its own."),
-    "latency": ("Latency of a whole city", ""),
+    "latency": ("Latency of a whole city", "One request, random weights: first each saving at the paper's sizes over 100,000 ads, then growth with the city and the served cascade (paper: the same response time within 2.2 %), then the machine. bfloat16 where a CPU multiplies it in hardware. Read with [serving.md](serving.md)."),
     "load": ("Open-loop load", ""),
 }
 """Name of the file under results/: heading, and a line of context."""

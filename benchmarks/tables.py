@@ -371,6 +371,34 @@ PAPER_TABLE2 = {"ega_v1": {"erpm": 217.1, "ectr": 6.652}, "-gcf": {"erpm": 214.8
 TABLE3: dict[str, dict[str, Any]] = {
     "EGA-V1": {}, "-CA": {"context_attention": False}, "-TA": {"target_attention": False}, "-mif": {"fusion": "din"}, "late fusion": {"fusion": "late"}, "MCA": {"kind": "mca"},
 }  # fmt: skip
+TRUTHS = {"market's truth": True, "truth without substitutes": False}
+"""Rows of table 3 that no model can pass by much: the market's own click probabilities, and the same as if no ad had substitutes in its city."""
+
+
+def true_aucs(place: Market, rows: np.ndarray, substitutes: bool) -> dict[str, float]:
+    """AUC of the market's click probabilities p on the candidates that `pretrain_metrics` judges models on: all of them, and the exposed ones, where p
+    counts times the chance of reading so far. Without `substitutes` p is that of an ad alone in its city: the best that a model blind to other ads knows."""
+    from marketplace.click_model import reading_probability
+    from marketplace.worlds import World
+    from model.evaluation.metrics import auc
+
+    world, samples = place.world, place.samples
+    if not substitutes:
+        world = World(replace(world.config, clicks=replace(world.config.clicks, externality=0.0)), place.seed, world.state, world.base)
+    candidate, ids, ads = np.asarray(samples.candidate)[rows], np.asarray(samples.request_id)[rows], np.asarray(samples.ad_id)
+    mask, slots = candidate >= 0, samples.slots
+    p = np.zeros(candidate.shape)
+    for start in range(0, len(rows), 256):
+        part = slice(start, start + 256)
+        asked, column = np.unique(candidate[part][mask[part]], return_inverse=True)
+        cell = np.nonzero(mask[part])
+        p[part][cell] = world.truth(pd.DataFrame({"request_id": ids[part]}), ads[asked]).click_probability[cell[0], column]
+    page = np.where(mask[:, :slots], ads[candidate[:, :slots]], -1)
+    q = p[:, :slots] * reading_probability(world.page_truth(ids, page)[1])
+    y, shown = np.asarray(samples.click)[rows], mask[:, :slots]
+    return {"auc": auc(y[mask], p[mask]), "auc_exposed": auc(y[:, :slots][shown], q[shown])}
+
+
 PAPER_TABLE3 = {
     "EGA-V1": (0.754, 0.005), "EGA-V1, no crosses": (0.751, 0.011), "-CA": (0.745, 0.036), "-TA": (0.743, 0.047), "-mif": (0.737, 0.048), "late fusion": (0.741, 0.037),
     "MCA": (0.741, 0.112), "MCA, no crosses": (0.733, 0.131),
@@ -379,7 +407,8 @@ PAPER_TABLE3 = {
 
 
 def table3(config: Path | None = None, data: Path | None = None, seeds: int = 3, quick: bool = False, keep: Path | None = None) -> dict[str, Any]:
-    """Table 3: AUC on sampled candidates and Dev of the set-aware pCTR, with and without explicit crosses and with parts of MIF removed."""
+    """Table 3: AUC on sampled candidates and Dev of the set-aware pCTR, with and without explicit crosses and with parts of MIF removed;
+    below them the AUC of the market's truth, with and without what an ad's substitutes do to it."""
     from marketplace import schema
     from model.training.stages import newest, pretrain_metrics
 
@@ -394,13 +423,15 @@ def table3(config: Path | None = None, data: Path | None = None, seeds: int = 3,
             for name, change in variants.items():
                 network = place.train(name, replace(place.config.model, **{"kind": "ega_v1", **change}), until="pretrain")
                 found = pretrain_metrics(network, place.samples, test, 128)
-                rows[name] = {"auc": found["auc"], "auc_exposed": found["auc_exposed"], "dev": found["dev"]}
+                rows[name] = {"auc": found["auc"], "auc_exposed": found["auc_exposed_in_slot"], "dev": found["dev"]}
+            for name, substitutes in TRUTHS.items():
+                rows[name] = {**true_aucs(place, test, substitutes), "dev": float("nan")}
         return rows
 
     per_seed, minutes = seed_by_seed(path, markets, keep, one)
     summary = {name: mean_and_deviation([rows[name] for rows in per_seed]) for name in per_seed[0]}
     table = [
-        {"model": name, "AUC": _spread(values["auc"]), "AUC, exposed": _spread(values["auc_exposed"]), "Dev": _spread(values["dev"]), "paper: AUC, Dev": " ".join(map(str, PAPER_TABLE3[name]))}
+        {"model": name, "AUC": _spread(values["auc"]), "AUC, exposed": _spread(values["auc_exposed"]), "Dev": "" if name in TRUTHS else _spread(values["dev"]), "paper: AUC, Dev": " ".join(map(str, PAPER_TABLE3.get(name, ())))}
         for name, values in summary.items()
     ]
     return {**provenance(path, markets, minutes), "table": table, "summary": summary, "per_seed": per_seed}

@@ -122,11 +122,17 @@ class RankingEngine:
         if not (np.isfinite(unit) and unit > 0):
             raise ValueError(f"bid_unit must be finite and above 0, got {unit}")
         request = [torch.from_numpy(np.asarray(values)).long().unsqueeze(0) for values in (user_fields, context_fields, behaviours)]
+        place = torch.from_numpy(np.asarray(request_place, np.float32)).unsqueeze(0)
+        money = np.asarray(bids, np.float64) / unit, np.asarray(reserves, np.float64) / unit
+
+        def survey() -> tuple[Pool, tuple[np.ndarray, ...]]:
+            encoded = self._whole_city.encode(city.cache, *request, place)
+            return self._market(city, encoded, *money, eligible, wanted, quality_floor, unit)
+
         with self._whole_city.lock:
-            encoded = self._whole_city.encode(city.cache, *request, torch.from_numpy(np.asarray(request_place, np.float32)).unsqueeze(0))
-            pool, market = self._market(city, encoded, np.asarray(bids, np.float64) / unit, np.asarray(reserves, np.float64) / unit, eligible, wanted, quality_floor, unit)
+            pool, market = self._whole_city.alone(survey)
         candidates = pool.ad_rows[0]
-        pages = allocate_scored(pool, *market, self.network.evaluator, city.tie_key[candidates])
+        pages = self._whole_city.alone(lambda: allocate_scored(pool, *market, self.network.evaluator, city.tie_key[candidates]))
         kept = pages.pages[0] >= 0
         rows = candidates[pages.pages[0][kept]]
         runner_up = pages.runner_up[0][kept]

@@ -4,7 +4,7 @@ heads and the generator; tests hold the two to the same numbers.
 Exact savings (MODEL.md's names): ad states up to the first fusion, and there the target attention's queries and the context attention's
 keys, belong to the city and are kept; clusters are gathered as S^T X and projected afterwards (C rows instead of N) wherever no activation
 stands between; the click head's user half and the slot tokens' projections are multiplied once a request; purchases are predicted only
-for ads that can matter. Every sweep finishes one block and gathers the clusters of the next while a chunk of ads is in the cache.
+for ads that can matter; a history is read without its padding, and where it is long by the same halves of a block. Every sweep finishes one block and gathers the clusters of the next while a chunk of ads is in the cache.
 
 Shape letters: N ads of the city, n ads of a chunk, L behaviours, C clusters, K slots, D width, F fields. One request at a time.
 """
@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import ConfigDict, Field
@@ -26,9 +26,11 @@ from pydantic.dataclasses import dataclass as config_dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from marketplace import schema
 from model.ega_v1.network import Batch, EgaV1, RankingModel, RecFormer, cross_features
 from model.layers import ClusterAttention, ClusterBlock, Clusters, CrossAttention, Dice, FeedForward, PointwiseBlock
 
+Result = TypeVar("Result")
 LEAST_ADS = 256
 """Ads that are worth a thread of their own."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -45,7 +47,7 @@ class Execution:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the ads' matrix products; auto: bfloat16 on a GPU and on CPUs with AMX, float32 elsewhere. Sums and residuals stay float32."""
     chunk: int = Field(1024, ge=1)
-    """Ads at a time on a CPU, so that what a block needs stays in its cache; a GPU takes the whole city at once."""
+    """Ads at a time on a CPU, so that what a block needs stays in its cache: so many in float32, twice as many in bfloat16. A GPU takes the whole city at once."""
 
     def resolved(self) -> torch.dtype:
         """The dtype that `auto` stands for on this machine."""
@@ -300,11 +302,13 @@ class _Fusion:
         self.attention = None if self.target is None else _Attention(self.target, dtype)
         self.prototypes = None if self.context is None else _prototypes(self.context.prototypes, dtype)
 
-    def keys(self, behaviour_BLD: Tensor, mask_BL: Tensor) -> Keys | None:
+    def seen(self, behaviour_BLD: Tensor, mask_BL: Tensor) -> Clusters | None:
         """What ads attend to: the user's behaviours before this fusion."""
-        if self.target is None or self.attention is None:
-            return None
-        return self.attention.keys(self.target.keys(self.behaviour_norm(behaviour_BLD), mask_BL))
+        return None if self.target is None else self.target.keys(self.behaviour_norm(behaviour_BLD), mask_BL)
+
+    def keys(self, seen: Clusters | None) -> Keys | None:
+        """The same by head, in the engine's dtype."""
+        return None if seen is None or self.attention is None else self.attention.keys(seen)
 
     def add(self, x: Tensor, keys: Keys | None, context: _Gather | None) -> None:
         """Both directions for a chunk of ads, from its states before the fusion."""
@@ -326,7 +330,12 @@ class _Fusion:
 def _single_threads(count: int) -> ThreadPoolExecutor:
     """Threads in which torch runs every operation alone; the other threads of the process keep their setting."""
     before, together = torch.get_num_threads(), threading.Barrier(count)
-    pool = ThreadPoolExecutor(count, "ega-ads", initializer=torch.set_num_threads, initargs=(1,))
+
+    def alone() -> None:
+        torch.get_num_threads()  # a thread takes the process's setting at its first call and would take it over the next line's later
+        torch.set_num_threads(1)
+
+    pool = ThreadPoolExecutor(count, "ega-ads", initializer=alone)
     list(pool.map(lambda _: together.wait(), range(count)))  # all started: the setting is also what new threads inherit
     torch.set_num_threads(before)
     return pool
@@ -360,6 +369,7 @@ class WholeCity:
         self.first, self.last = recformer.fusions[0], len(recformer.ad_blocks)
         self._blocks = {number: _block(block, self.dtype) for number, block in enumerate(recformer.ad_blocks, start=1) if number > self.first}
         self._fusions = {number: _Fusion(recformer, number, self.dtype) for number in recformer.fusions}
+        self._behaviour_blocks = [_Block(block, self.dtype) for block in recformer.behaviour_blocks]  # type: ignore[arg-type]
         # The same layers for the ads that may reach the page. Views of the same memory where the dtype is float32.
         self._exact_blocks = {number: _block(recformer.ad_blocks[number - 1], torch.float32) for number in self._blocks}
         self._exact_fusions = {number: _Fusion(recformer, number, torch.float32) for number in recformer.fusions}
@@ -370,9 +380,16 @@ class WholeCity:
         self._buffer = torch.empty(0, device=self.device)
         self._pool = _single_threads(self._threads) if self._threads > 1 else None
 
+    def alone(self, work: Callable[[], Result]) -> Result:
+        """`work` in a thread of the engine's own, where torch does every operation alone: what comes before and after the sweeps is hundreds of small
+        operations, and to share them among threads costs more than they do. In the calling thread where the plain network runs."""
+        if not self._swept or self._pool is None:
+            return work()
+        return self._pool.submit(torch.inference_mode()(work)).result()
+
     def _parts(self, ads: int) -> list[list[slice]]:
         """Chunks of even size by thread; few ads are one chunk."""
-        chunk = ads if self.device.type == "cuda" else self.execution.chunk
+        chunk = ads if self.device.type == "cuda" else self.execution.chunk * (4 // self.dtype.itemsize)
         threads = min(self._threads, max(1, ads // LEAST_ADS))
         rounds = math.ceil(ads / (threads * chunk))
         edges = [ads * i // (threads * rounds) for i in range(threads * rounds + 1)]
@@ -393,9 +410,10 @@ class WholeCity:
         parts = self._parts(ads)
         if alone or self._pool is None or len(parts) == 1:
             return run([rows for part in parts for rows in part])
-        gathered, *others = self._pool.map(run, parts)
+        others = [self._pool.submit(run, part) for part in parts[1:]]  # the first part is this thread's own: see `alone`
+        gathered = run(parts[0])
         for other in others:
-            for mine, theirs in zip(gathered, other, strict=True):
+            for mine, theirs in zip(gathered, other.result(), strict=True):
                 if mine is not None:
                     mine.merge(theirs)
         return gathered
@@ -446,29 +464,30 @@ class WholeCity:
         return encoded
 
     def _encode(self, city: CityCache, user_fields: Tensor, context_fields: Tensor, behaviours: Tensor, request_place: Tensor) -> Encoded:
-        network, ads = self.network, len(city.states)
-        recformer, head = network.recformer, network.click_head
+        network, head, ads = self.network, self.network.click_head, len(city.states)
         if self._buffer.shape != city.states.shape:
             self._buffer = torch.empty_like(city.states)
         x, click = self._buffer, torch.empty(ads, device=self.device)
         user = network.features.user(user_fields, context_fields)
+        behaviours = self._without_padding(behaviours)
         person = head.item.bias.to(self.dtype) + head.user(user)[0].to(self.dtype)
         crossed = None if network.cross is None else cross_features(city.ad_fields, behaviours, city.ad_place, request_place)[0]
         behaviour, mask = network.features.behaviours(behaviours, user)
-        for block in recformer.behaviour_blocks[: self.first]:
-            behaviour = block(behaviour, mask)
+        for number in range(1, min(self.first, len(self._behaviour_blocks)) + 1):
+            behaviour = self._next_behaviour(number, behaviour, mask)
 
         clusters = slots = None
         trail: list[tuple[int, Any, Keys | None]] = []
         for number in range(self.first, self.last + 1):
             block, following, fusion = self._blocks.get(number), self._blocks.get(number + 1), self._fusions.get(number)
             keys = None if block is None else block.keys(clusters)
-            if block is not None and recformer.behaviour_blocks:
-                behaviour = recformer.behaviour_blocks[number - 1](behaviour, mask)
-            seen = None if fusion is None else fusion.keys(behaviour, mask)
+            if block is not None and self._behaviour_blocks:
+                behaviour = self._next_behaviour(number, behaviour, mask)
+            history = None if fusion is None else fusion.seen(behaviour, mask)
+            seen = None if fusion is None else fusion.keys(history)
             if self.dtype != torch.float32:
                 exact = self._exact_fusions.get(number)
-                trail.append((number, None if block is None else self._exact_blocks[number].keys(clusters), None if exact is None else exact.keys(behaviour, mask)))
+                trail.append((number, None if block is None else self._exact_blocks[number].keys(clusters), None if exact is None else exact.keys(history)))
 
             def advance(rows: slice, gather: _Gather | None, context: _Gather | None, slots: _Gather | None) -> None:
                 part = x[rows]
@@ -496,6 +515,25 @@ class WholeCity:
         if self.dtype == torch.float32:
             return encoded
         return replace(encoded, again=lambda rows: self._again(city, rows, trail, user, crossed, projected))
+
+    def _without_padding(self, behaviours: Tensor) -> Tensor:
+        """[1, L', F] without the padding at the end, as far as that decides nothing: few behaviours are attended to one by one, many by clusters."""
+        least = max(1, self.network.config.exact_behaviours)
+        if behaviours.shape[1] < least:
+            return behaviours
+        real = torch.nonzero(behaviours[0, :, 0] != schema.PADDING)
+        return behaviours[:, : max(least, 1 + int(real[-1]) if len(real) else 0)]
+
+    def _next_behaviour(self, number: int, behaviour_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+        """The behaviours after their own block of this number; in the engine's dtype where there are many and none is padding."""
+        block = self.network.recformer.behaviour_blocks[number - 1]
+        if behaviour_BLD.shape[1] <= block.attention.exact_up_to or not bool(mask_BL.all()):
+            return block(behaviour_BLD, mask_BL)
+        swept, x = self._behaviour_blocks[number - 1], behaviour_BLD[0].clone()
+        clusters = _Gather(swept.prototypes)
+        swept.gather(clusters, x)
+        swept.finish(x, swept.keys(clusters))
+        return x.unsqueeze(0)
 
     def _again(self, city: CityCache, rows: Tensor, trail: list[tuple[int, Any, Keys | None]], user: Tensor, crossed: Tensor | None, projected: Tensor) -> Encoded:
         """The way of some ads through the network once more, in float32. What they attend to is kept: as averages over all ads the

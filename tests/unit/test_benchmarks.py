@@ -30,11 +30,12 @@ def test_an_unknown_benchmark_names_the_known_ones() -> None:
 
 def test_latency_lists_every_saving_and_the_floor() -> None:
     result = latency.latency(quick=True)
-    table = result.pop("table")
+    table, sizes, _ = (result.pop(name) for name in ("table", "second_table", "third_table"))
     assert [row["fusion after"] for row in table].count("{2,3}") == [row["fusion after"] for row in table].count("{3}") >= 5
     assert table[0]["times faster"] == 1.0 and "matrix products" in table[-1]["one request"]
-    for value in [*result.values(), *(row["ms"] for row in table), *(row["processor ms"] for row in table)]:
+    for value in [*result.values(), *(row["ms"] for row in [*table, *sizes]), *(row["processor ms"] for row in [*table, *sizes])]:
         assert isinstance(value, str) or math.isfinite(value)
+    assert [row["ads"] for row in sizes] == [20, 200, 2000, 2000, 2000, 200, 200] and sum("MCA" in row["network"] for row in sizes) == 2
     assert 0 <= result["bfloat16_same_pages_percent"] <= 100 and result["resident_megabytes"] > 10
 
 

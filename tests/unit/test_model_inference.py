@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_tiny import random_batch, random_pool, tiny_network
 
+from marketplace import schema
 from model.bundle import Bundle
 from model.ega_v1.engine import RankingEngine
 from model.ega_v1.inference import Encoded, Execution, WholeCity
@@ -65,6 +66,25 @@ def test_bfloat16_is_near_the_plain_network(change: dict[str, Any]) -> None:
     network, batch = tiny_network(**change), random_batch(1, 300, padded=False)
     difference = largest_difference(run(network, batch, dtype="bfloat16", chunk=64), reference(network, batch))
     assert 1e-7 < difference < 0.03  # 0: it ran in float32
+
+
+@pytest.mark.parametrize("exact", [0, 3, 200], ids="one by one up to {}".format)
+@pytest.mark.parametrize("real", [0, 2, 3, 40, 150], ids="{} behaviours".format)
+def test_histories_of_every_length_equal_the_plain_network(real: int, exact: int, threads: int) -> None:
+    """Padding is cut, and behaviours run through the sweeps, only where neither decides anything."""
+    network, batch = tiny_network(exact_behaviours=exact, qkv_activation="none"), random_batch(1, 300, behaviours=150, seed=real, padded=False)
+    batch.behaviours = torch.where(torch.arange(150)[:, None] < real, batch.behaviours.clamp(min=1), schema.PADDING)
+    assert largest_difference(run(network, batch, dtype="float32", chunk=64), reference(network, batch)) < 1e-5
+
+
+def test_the_engines_threads_compute_alone() -> None:
+    """Each takes its own run of ads: were every one of them to share its products again, they would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    whole = WholeCity(tiny_network(), Execution(dtype="float32"))
+    assert whole._pool is not None and set(whole._pool.map(lambda _: torch.get_num_threads(), range(20))) == {1}
+    assert whole.alone(torch.get_num_threads) == 1 and torch.get_num_threads() == 2
+    torch.set_num_threads(before)
 
 
 def test_equal_requests_get_equal_bits_and_another_request_between_leaves_no_trace(threads: int) -> None:
