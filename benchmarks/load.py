@@ -156,7 +156,7 @@ def quantile(answers: Sequence[Answer], share: float) -> float:
 
 
 def recovery_seconds(answers: Sequence[Answer], usual_p99: float, window: float = 0.5) -> float:
-    """Time from the first scheduled request until no window holds a refusal or has a median above the usual p99."""
+    """Time from the first scheduled request until no window holds a refusal or has a median above the p99 that is usual at this load."""
     start = min(answer.scheduled for answer in answers)
     frame = pd.DataFrame({"window": [int((a.scheduled - start) / window) for a in answers], "ok": [a.status == 200 for a in answers], "seconds": [a.seconds for a in answers]})
     windows = frame.groupby("window").agg(ok=("ok", "all"), seconds=("seconds", "median"))
@@ -176,7 +176,7 @@ def _row(phase: str, offered: float, answers: Sequence[Answer], seconds: float) 
 def load(
     home: Path, seconds: float = 60.0, factor: float = 10.0, seed: int = 0, settings: Any = None, say: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
-    """Drive a service of our own on a copy of a home: unloaded, at capacity, at `factor` times capacity for `seconds`, at half load after it.
+    """Drive a service of our own on a copy of a home: unloaded, at capacity, at half load, at `factor` times capacity for `seconds`, at half load again.
 
     Returns: figures, and a `table` with a row a phase. Latency in milliseconds from the scheduled time; p99 of the answered (200).
     `records_missing` and `records_twice`: answered pages that are not, or more than once, in the event log; `other_statuses`: what
@@ -200,28 +200,33 @@ def load(
             busy = asyncio.run(closed_loop(service.url, bodies, capacity_seconds, config.admission_limit))
             capacity = sum(answer.status == 200 for answer in busy) / capacity_seconds
             say(f"overload: {factor:g} x {capacity:.0f}/s for {seconds:g} s")
+            half_seconds = max(seconds / 3, 4.0)
+            before = asyncio.run(open_loop(service.url, bodies, 0.5 * capacity, half_seconds, rng))
             over = asyncio.run(open_loop(service.url, bodies, factor * capacity, seconds, rng))
-            after = asyncio.run(open_loop(service.url, bodies, 0.5 * capacity, max(seconds / 3, 4.0), rng))
-        everything = [*alone, *busy, *over, *after]
+            after = asyncio.run(open_loop(service.url, bodies, 0.5 * capacity, half_seconds, rng))
+        everything = [*alone, *busy, *before, *over, *after]
         shown = {answer.request_id: answer.ads for answer in everything if answer.status == 200}
         logged = read_requests(config.event_log)["request_id"]
         impressions = read_impressions(config.event_log).groupby("request_id").size()
     usual, loaded = quantile(alone, 0.99), quantile(over, 0.99)
     statuses = Counter(answer.status for answer in everything)
-    return {
+    figures = {
         "capacity_per_s": capacity,
         "goodput_ratio": sum(answer.status == 200 for answer in over) / seconds / capacity,
         "p99_ratio_overload_to_unloaded": loaded / usual,
-        "recovery_s": recovery_seconds(after, usual),
-        "statuses": dict(sorted(statuses.items())),
+        "recovery_s": recovery_seconds(after, quantile(before, 0.99)),
         "other_statuses": sum(count for status, count in statuses.items() if status not in (200, 429, 503)),
         "pages_answered": len(shown),
         "records_missing": len(set(shown) - set(logged)) + sum(int(impressions.get(request, 0)) != ads for request, ads in shown.items()),
         "records_twice": int(logged.duplicated().sum()),
+    }
+    return {
+        **figures, "statuses": dict(sorted(statuses.items())), "second_table": [{name.replace("_", " "): value for name, value in figures.items()}],
         "table": [
             _row("unloaded", float("nan"), alone, alone_seconds),
             _row("capacity", float("nan"), busy, capacity_seconds),
+            _row("half load", 0.5 * capacity, before, half_seconds),
             _row(f"{factor:g} x capacity", factor * capacity, over, seconds),
-            _row("half load after it", 0.5 * capacity, after, max(seconds / 3, 4.0)),
+            _row("half load after it", 0.5 * capacity, after, half_seconds),
         ],
-    }
+    }  # fmt: skip

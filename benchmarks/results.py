@@ -36,7 +36,7 @@ SECTIONS: dict[str, tuple[str, str]] = {
     "alarms": ("Alarms: injected changes, clean days", "Each change is in for one day; clean days must raise none beyond the stated rate. Read with [experiments.md](experiments.md)."),
     "events": ("Joining a million events", "Impressions, clicks and purchases from Parquet to clean logs, in a process of its own."),
     "latency": ("Latency of a whole city", "One request, random weights: first each saving at the paper's sizes over 100,000 ads, then growth with the city and the served cascade (paper: the same response time within 2.2 %), then the machine. bfloat16 where a CPU multiplies it in hardware. Read with [serving.md](serving.md)."),
-    "load": ("Open-loop load", ""),
+    "load": ("Open-loop load", "A service of the quickstart's model, its clients on the same two cores; latency from the scheduled time. *Recovery*: until no request is refused and half-second medians are back below the p99 that half load had before. Read with [serving.md](serving.md)."),
 }
 """Name of the file under results/: heading, and a line of context."""
 

@@ -25,7 +25,6 @@ from tqdm import tqdm
 from model.cascade.sasrec import SasRec
 from model.ega_v1.network import NetworkConfig, RecFormer
 from model.evaluation.metrics import mean_and_interval
-from model.layers import SplitHead
 
 NEGATIVES = 100
 """Items drawn uniformly, without the user's own, that the held-out item is ranked against."""
@@ -137,30 +136,26 @@ class Settings(Sizes):
     negatives: int = 512
     """S, uniform negatives that all positions of a batch share."""
     tokens: int = 2048
-    """Training positions in a batch of SASRec, about."""
+    """Items in a batch, about: of whole histories, each a training position, for SASRec; of one history a training position for EGA-V1's encoder."""
     epochs: int = 100
     """At most."""
     patience: int = 5
     """Validations without a better NDCG@10 before training stops."""
     every: int = 2
     """Epochs between validations."""
-    prefixes: int = 32_768
-    """Training positions in an epoch of EGA-V1's encoder, each with its own history."""
-    batch: int = 128
-    """Of them, in a batch."""
-    candidates: int = 128
-    """Uniform negatives that a batch of EGA-V1's encoder shares, beside the targets of the other positions."""
     validation_users: int = 5000
     """Users of a validation."""
     full_ranking_users: int = 3000
     """Users whose held-out item is also ranked among all items."""
 
 
-def sampled_softmax(positive_T: Tensor, negative_TS: Tensor, same_TS: Tensor) -> Tensor:
-    """Cross-entropy of the next item against S drawn ones that stand for all, mean over T. Logits of the drawn ones come less the log
-    of how often their item is expected among the S (log-Q correction); `same_TS`, drawn ones that are the next item itself."""
-    negative = negative_TS.masked_fill(same_TS, float("-inf"))
-    return -torch.log_softmax(torch.cat([positive_T.unsqueeze(1), negative], 1), 1)[:, 0].mean()
+def next_item_loss(state_TD: Tensor, target_T: Tensor, item: nn.Embedding, items: int, negatives: int, rng: np.random.Generator) -> Tensor:
+    """Cross-entropy of the next item against S uniform ones that stand for all, mean over T; their logits come less the log of how often
+    an item is expected among the S (log-Q correction), and one that is the next item itself does not count."""
+    drawn = torch.from_numpy(rng.integers(1, items + 1, negatives))
+    scores = (state_TD @ item(drawn).T + math.log(items / negatives)).masked_fill(target_T.unsqueeze(1) == drawn, float("-inf"))
+    positive = (state_TD * item(target_T)).sum(-1, keepdim=True)
+    return -torch.log_softmax(torch.cat([positive, scores], 1), 1)[:, 0].mean()
 
 
 def batches_by_length(length: np.ndarray, tokens: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
@@ -192,11 +187,7 @@ class SasRecRanker:
             sequence = torch.from_numpy(history(data, users[rows], longest + 1))
             state = self.network(sequence[:, :-1])
             real = sequence[:, :-1] != 0
-            state, target = state[real], sequence[:, 1:][real]
-            negative = torch.from_numpy(rng.integers(1, data.count + 1, settings.negatives))
-            scores = state @ self.network.item(negative).T + math.log(data.count / settings.negatives)
-            positive = (state * self.network.item(target)).sum(-1)
-            yield sampled_softmax(positive, scores, target.unsqueeze(1) == negative)
+            yield next_item_loss(state[real], sequence[:, 1:][real], self.network.item, data.count, settings.negatives, rng)
 
     def scores(self, sequences_BL: Tensor, items_BN: Tensor) -> Tensor:
         """Scores [B, N] of candidates [B, N], or [1, N] for the same ones after every sequence."""
@@ -205,74 +196,63 @@ class SasRecRanker:
 
 
 
-class TargetAttentionNetwork(nn.Module):
-    """EGA-V1's RecFormer with items in place of places: behaviour blocks over the history, target attention of every candidate
-    to it, and the pCTR head on h_i. Candidates do not see one another (a list of sampled negatives is not a city)."""
+class BehaviourEncoder(nn.Module):
+    """EGA-V1's behaviour blocks (RecFormer's GCF over E_bhor) over a history of items: the state of the context token, which stands in front, is scored
+    against the item table, as SASRec's newest state is. Few behaviours are attended to one by one, as in every model here."""
 
     def __init__(self, items: int, settings: Settings) -> None:
         super().__init__()
         width = settings.width
-        config = NetworkConfig(width=width, blocks=settings.blocks, heads=settings.heads, fusion="late", gcf_on_ads=False, exact_behaviours=settings.length + 1)
+        config = NetworkConfig(width=width, blocks=settings.blocks, heads=settings.heads, fusion="late", feed_forward=1, exact_behaviours=settings.length + 1)
         self.item = nn.Embedding(items + 1, width, padding_idx=0)
-        self.position = nn.Embedding(settings.length, width)
-        self.context = nn.Parameter(torch.zeros(1, 1, width))
-        self.recformer = RecFormer(config)
-        self.user = nn.Parameter(torch.zeros(1, width))
-        self.head = SplitHead(width, (width,))
-        self.dropout = nn.Dropout(settings.dropout)
+        self.position = nn.Embedding(settings.length + 1, width)
+        self.blocks = RecFormer(config).behaviour_blocks
+        self.norm, self.dropout = nn.LayerNorm(width), nn.Dropout(settings.dropout)
         with torch.no_grad():
-            self.item.weight.normal_(0.0, 1.0 / math.sqrt(width))
-            self.position.weight.normal_(0.0, 1.0 / math.sqrt(width))
+            for table in (self.item, self.position):
+                table.weight.normal_(0.0, 1.0 / width)
             self.item.weight[0].zero_()
 
-    def forward(self, sequences_BL: Tensor, items_BN: Tensor) -> Tensor:
-        """Logits [B, N] of candidates [B, N], or [1, N] for the same ones after every sequence."""
+    def forward(self, sequences_BL: Tensor) -> Tensor:
+        """States [B, D] after right-aligned histories."""
         columns = sequences_BL.shape[1]
-        tokens = self.dropout(self.item(sequences_BL) + self.position.weight[-columns:])
-        tokens = torch.cat([self.context.expand(len(tokens), -1, -1), tokens], 1)
+        tokens = self.item(sequences_BL) * math.sqrt(self.item.embedding_dim) + self.position.weight[-columns:]
+        x = self.dropout(torch.cat([self.position.weight[:1].expand(len(tokens), 1, -1), tokens], 1))
         real = torch.cat([torch.ones_like(sequences_BL[:, :1], dtype=torch.bool), sequences_BL != 0], 1)
-        h = self.recformer(self.item(items_BN), torch.ones_like(items_BN, dtype=torch.bool), tokens, real)
-        return self.head(h, self.user)
+        context = torch.zeros(len(x), 1, dtype=torch.long)
+        for number, block in enumerate(self.blocks, 1):
+            newest = number == len(self.blocks)
+            before = x[:, :1] if newest else x
+            x = before + self.dropout(block(x, real, context if newest else None) - before)
+        return self.norm(x[:, 0])
 
 
-class TargetAttentionRanker:
-    """EGA-V1's encoder with its training batches and its scores."""
+class BehaviourRanker:
+    """EGA-V1's behaviour encoder with its training batches and its scores: SASRec's loss, negatives and budget."""
 
     name = "EGA-V1 encoder"
 
     def __init__(self, data: Interactions, settings: Settings) -> None:
         self.data, self.settings = data, settings
-        self.network = TargetAttentionNetwork(data.count, settings)
-        users = np.arange(data.users)
-        targets = np.concatenate([data.items[data.start[u] + 1 : data.start[u] + n] for u, n in zip(users, training_length(data), strict=True)])
-        self.share = np.bincount(targets, minlength=data.count + 1) / len(targets)
-        """Of all training targets."""
+        self.network = BehaviourEncoder(data.count, settings)
 
     def losses(self, rng: np.random.Generator) -> Iterator[Tensor]:
-        """One epoch: `prefixes` training positions, each drawn with its own history, as many as there are users."""
+        """One epoch: every training position once, each after its own history, since these blocks see a history whole."""
         data, settings = self.data, self.settings
-        ends = np.maximum(training_length(data) - 1, 0)
-        total = np.cumsum(ends)
-        drawn = rng.choice(int(total[-1]), min(int(total[-1]), settings.prefixes), replace=False)
-        user = np.searchsorted(total, drawn, side="right")
-        end = data.start[user] + 1 + drawn - (total[user] - ends[user])
+        positions = np.maximum(training_length(data) - 1, 0)
+        first = np.cumsum(positions) - positions
+        user = np.repeat(np.arange(data.users), positions)
+        end = data.start[user] + 1 + np.arange(len(user)) - first[user]
         length = np.minimum(end - data.start[user], settings.length)
-        order = np.lexsort([rng.random(len(drawn)), length])
-        parts = np.array_split(order, max(len(order) // settings.batch, 1))
-        for number in rng.permutation(len(parts)):
-            rows = parts[number]
+        for rows in batches_by_length(length, settings.tokens, rng):
             at = end[rows, None] + np.arange(-int(length[rows].max()), 0)
-            sequences = torch.from_numpy(np.where(at >= data.start[user[rows], None], data.items[at.clip(min=0)], 0))
-            target = torch.from_numpy(data.items[end[rows]])
-            pool = torch.cat([target, torch.from_numpy(rng.integers(1, data.count + 1, settings.candidates))])
-            logits = self.network(sequences, pool.unsqueeze(0))
-            positive = logits[:, : len(rows)].diagonal()
-            # The other targets of the batch are negatives too; they come by popularity, and the correction says so.
-            often = torch.from_numpy(settings.candidates / data.count + len(rows) * self.share[pool.numpy()]).float()
-            yield sampled_softmax(positive, logits - often.log(), target.unsqueeze(1) == pool)
+            state = self.network(torch.from_numpy(np.where(at >= data.start[user[rows], None], data.items[at.clip(min=0)], 0)))
+            yield next_item_loss(state, torch.from_numpy(data.items[end[rows]]), self.network.item, data.count, settings.negatives, rng)
 
     def scores(self, sequences_BL: Tensor, items_BN: Tensor) -> Tensor:
-        return self.network(sequences_BL, items_BN)
+        """As SASRec's."""
+        state = self.network(sequences_BL)
+        return state @ self.network.item(items_BN[0]).T if len(items_BN) == 1 else torch.einsum("bd,bnd->bn", state, self.network.item(items_BN))
 
 
 def training_length(data: Interactions) -> np.ndarray:
@@ -364,7 +344,7 @@ def full_ranks(ranker: Any, data: Interactions, users: np.ndarray, held_out: int
     return np.concatenate(result)
 
 
-MODELS = {"SASRec": SasRecRanker, "EGA-V1 encoder": TargetAttentionRanker}
+MODELS = {"SASRec": SasRecRanker, "EGA-V1 encoder": BehaviourRanker}
 
 
 def sequential(data: Path, seed: int = 0, quick: bool = False) -> dict[str, Any]:
@@ -404,8 +384,7 @@ def sequential(data: Path, seed: int = 0, quick: bool = False) -> dict[str, Any]
 MEASURES = ("HR@10 of 101", "NDCG@10 of 101", "HR@10 of all", "NDCG@10 of all")
 SETTINGS = {
     "SASRec": Settings(epochs=48, patience=4),
-    # Every position needs a pass of its own over its history and scores every candidate in its light: narrower, and less often over the data.
-    "EGA-V1 encoder": Settings(width=32, dropout=0.2, batch=64, candidates=64, learning_rate=2e-3, epochs=80, patience=5),
+    "EGA-V1 encoder": Settings(epochs=48, patience=4, tokens=16_384),  # as many steps
 }
 """Sized for less than half an hour on two quiet cores."""
-QUICK = {name: replace(Settings(), width=8, blocks=1, length=10, epochs=1, prefixes=512, validation_users=100, full_ranking_users=100) for name in MODELS}
+QUICK = {name: replace(Settings(), width=8, blocks=1, length=10, epochs=1, validation_users=100, full_ranking_users=100) for name in MODELS}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import lru_cache
 from typing import Any
 
 from pydantic import ValidationError
@@ -22,6 +23,7 @@ class Refusal(Exception):
         self.status, self.code, self.message, self.field = status, code, message, field
 
 
+@lru_cache(maxsize=64)
 def error_body(code: str, message: str, field: str | None = None) -> bytes:
     """`{"error": {"code", "message", "field"}}` as UTF-8 JSON."""
     return json.dumps({"error": {"code": code, "message": message[:_LONGEST_MESSAGE], "field": field}}).encode()

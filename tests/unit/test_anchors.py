@@ -57,15 +57,17 @@ def test_other_files_are_refused(tmp_path: Path, text: str) -> None:
         sequential.read_interactions(tmp_path / "nowhere")
 
 
-def test_no_training_batch_holds_a_held_out_item() -> None:
+def test_no_training_batch_holds_a_held_out_item(monkeypatch: pytest.MonkeyPatch) -> None:
     """Items are numbered by position, so that the last two of every user can be told from all others."""
     lengths = np.array([9, 3, 5, 1, 2, 12])
     start = np.concatenate([[0], np.cumsum(lengths)])
     data = sequential.Interactions(np.arange(1, start[-1] + 1), start, int(start[-1]))
     held = {int(data.items[end - back]) for end, n in zip(start[1:], lengths, strict=True) if n >= 3 for back in (1, 2)}
-    settings = replace(sequential.Settings(), width=8, heads=2, length=6, tokens=5, prefixes=100, batch=4, candidates=3, negatives=4)
+    settings = replace(sequential.Settings(), width=8, heads=2, length=6, tokens=5, negatives=4)
+    original_loss = sequential.next_item_loss
     for model in sequential.MODELS.values():
         ranker, seen = model(data, settings), set()
+        monkeypatch.setattr(sequential, "next_item_loss", lambda state, target, *rest, seen=seen: (seen.update(target.tolist()), original_loss(state, target, *rest))[1])
         original = ranker.network.forward
         ranker.network.forward = lambda sequences, *rest, seen=seen, original=original: (seen.update(sequences.flatten().tolist()), original(sequences, *rest))[1]
         for _ in ranker.losses(np.random.default_rng(0)):
@@ -91,11 +93,18 @@ def test_ranks_and_gains_are_the_textbook_ones() -> None:
     np.testing.assert_allclose(ndcg, [1, 1 / math.log2(3), 1 / math.log2(11), 0])
 
 
-def test_sampled_softmax_over_all_items_is_the_softmax() -> None:
-    logits = torch.randn(4, 7, generator=torch.Generator().manual_seed(0))
-    target = torch.tensor([0, 3, 6, 2])
-    loss = sequential.sampled_softmax(logits.gather(1, target[:, None])[:, 0], logits, target[:, None] == torch.arange(7))
-    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, target))
+def test_the_loss_on_all_items_is_the_softmax() -> None:
+    class Every(np.random.Generator):
+        """Draws each item once."""
+
+        def integers(self, low: int, high: int, size: int) -> np.ndarray:  # type: ignore[override]
+            assert size == high - low
+            return np.arange(low, high)
+
+    item = torch.nn.Embedding(8, 5, padding_idx=0)
+    state, target = torch.randn(4, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 4, 7, 3])
+    loss = sequential.next_item_loss(state, target, item, 7, 7, Every(np.random.PCG64(0)))
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(state @ item.weight[1:].T, target - 1))
 
 
 def test_batches_hold_every_row_once_and_rows_of_like_length() -> None:
@@ -109,7 +118,7 @@ def test_batches_hold_every_row_once_and_rows_of_like_length() -> None:
 @pytest.mark.parametrize("name", ["SASRec", "EGA-V1 encoder"])
 def test_models_learn_a_ring_and_popularity_does_not(ring: sequential.Interactions, name: str) -> None:
     settings = replace(
-        sequential.Settings(), width=16, blocks=1, length=6, dropout=0.0, tokens=128, batch=64, candidates=32, negatives=64, prefixes=1000, epochs=10,
+        sequential.Settings(), width=16, blocks=1, length=6, dropout=0.0, tokens=128, negatives=64, epochs=10,
         every=5, learning_rate=1e-2, validation_users=100,
     )  # fmt: skip
     users = np.flatnonzero(ring.length >= 3)

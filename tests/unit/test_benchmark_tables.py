@@ -74,6 +74,28 @@ def test_the_auc_difference_is_paired_by_user() -> None:
     assert found["lift"] == pytest.approx(auc(labels, mine) - auc(labels, theirs)) and 0 < found["low"] < found["lift"] < found["high"]
 
 
+def test_the_aucs_of_the_truth_are_those_of_the_markets_probabilities() -> None:
+    """Each candidate asked for by itself; and an ad without substitutes is never less attractive."""
+    with tables.market(tables.QUICK, 3, None) as place:
+        samples = place.samples
+        rows = np.sort(np.random.default_rng(0).choice(len(samples.request_id), 60, replace=False))
+        found, blind = (tables.true_aucs(place, rows, substitutes) for substitutes in (True, False))
+        p, y, q, clicked = [], [], [], []
+        for row in rows:
+            ids = [int(samples.ad_id[ad]) for ad in samples.candidate[row] if ad >= 0]
+            truth = [place.world.truth(pd.DataFrame({"request_id": [samples.request_id[row]]}), np.array([ad])) for ad in ids]
+            p += [each.click_probability[0, 0] for each in truth]
+            y += [label for label, ad in zip(samples.click[row], samples.candidate[row], strict=True) if ad >= 0]
+            reading = 1.0
+            for slot, ad in enumerate(samples.candidate[row, : samples.slots]):
+                if ad >= 0:
+                    q.append(reading * truth[slot].click_probability[0, 0])
+                    clicked.append(samples.click[row, slot])
+                    reading *= truth[slot].continuation[0, 0]
+    assert found["auc"] == pytest.approx(auc(np.array(y), np.array(p))) and found["auc_exposed"] == pytest.approx(auc(np.array(clicked), np.array(q)))
+    assert blind["auc"] != found["auc"] and min(*found.values(), *blind.values()) > 0.5
+
+
 def test_recalls_are_compared_on_requests_with_something_to_find() -> None:
     mine = pd.DataFrame({"request_id": [1, 2, 3, 4], "user_id": [1, 1, 2, 3], "recall": [1.0, 0.5, np.nan, 1.0]})
     theirs = mine.assign(recall=[0.5, 0.5, np.nan, 0.0])
