@@ -164,6 +164,31 @@ def recovery_seconds(answers: Sequence[Answer], usual_p99: float, window: float 
     return 0.0 if bad.empty else float(bad.max() + 1) * window
 
 
+def stage_seconds(url: str) -> dict[str, tuple[float, float]]:
+    """Seconds and pages that the service spent on every stage of a page since it started, from its /metrics."""
+    from urllib.request import urlopen
+
+    from prometheus_client.parser import text_string_to_metric_families
+
+    found: dict[str, list[float]] = {}
+    with urlopen(f"{url}/metrics", timeout=30) as answer:  # noqa: S310 - our own service
+        for family in text_string_to_metric_families(answer.read().decode()):
+            for sample in family.samples:
+                if sample.name in ("ega_stage_seconds_sum", "ega_stage_seconds_count"):
+                    found.setdefault(sample.labels["stage"], [0.0, 0.0])[sample.name.endswith("count")] += sample.value
+    return {stage: (total, count) for stage, (total, count) in found.items()}
+
+
+def _stages(before: dict[str, tuple[float, float]], after: dict[str, tuple[float, float]], alone: Sequence[Answer]) -> list[dict[str, Any]]:
+    """Mean milliseconds of an unloaded page by stage; `elsewhere` is what the client waited beyond them."""
+    means = {
+        stage: 1e3 * (total - before.get(stage, (0.0, 0.0))[0]) / (count - before.get(stage, (0.0, 0.0))[1])
+        for stage, (total, count) in after.items() if stage in ("features", "rank", "event_log") and count > before.get(stage, (0.0, 0.0))[1]
+    }  # fmt: skip
+    whole = 1e3 * float(np.mean([answer.seconds for answer in alone]))
+    return [{"stage": stage, "mean_ms": mean} for stage, mean in [*means.items(), ("elsewhere", whole - sum(means.values())), ("whole", whole)]]
+
+
 def _row(phase: str, offered: float, answers: Sequence[Answer], seconds: float) -> dict[str, Any]:
     ok = sum(answer.status == 200 for answer in answers)
     return {
@@ -195,7 +220,9 @@ def load(
             say("unloaded: one request after the other")
             asyncio.run(closed_loop(service.url, bodies, 3.0, 1))  # what is slow only once
             alone_seconds, capacity_seconds = max(seconds / 4, 3.0), max(seconds / 6, 3.0)
+            stages = stage_seconds(service.url)
             alone = asyncio.run(closed_loop(service.url, bodies, alone_seconds, 1))
+            parts = _stages(stages, stage_seconds(service.url), alone)
             say("capacity: always one request waiting")
             busy = asyncio.run(closed_loop(service.url, bodies, capacity_seconds, config.admission_limit))
             capacity = sum(answer.status == 200 for answer in busy) / capacity_seconds
@@ -221,7 +248,7 @@ def load(
         "records_twice": int(logged.duplicated().sum()),
     }
     return {
-        **figures, "statuses": dict(sorted(statuses.items())), "second_table": [{name.replace("_", " "): value for name, value in figures.items()}],
+        **figures, "statuses": dict(sorted(statuses.items())), "second_table": [{name.replace("_", " "): value for name, value in figures.items()}], "third_table": parts,
         "table": [
             _row("unloaded", float("nan"), alone, alone_seconds),
             _row("capacity", float("nan"), busy, capacity_seconds),

@@ -22,7 +22,6 @@ from pydantic.dataclasses import dataclass as config_dataclass
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
-from threadpoolctl import threadpool_limits
 
 from model.bundle import canonical, write_atomic
 
@@ -211,7 +210,8 @@ def _codebooks(distinct_NF: npt.NDArray[np.float64], config: TokenizerConfig, co
     A residual met by several items counts once: after a layer with a centre to itself an item's residual is zero, and k-means would
     spend centre upon centre on the same point. Where fewer than W residuals are left, they are the centres and the rest stay at zero.
     """
-    from sklearn.cluster import KMeans  # seconds of import that only a fit needs
+    from sklearn.cluster import KMeans  # seconds of import that only a fit needs, and the service goes without
+    from threadpoolctl import threadpool_limits
 
     books = np.zeros((config.layers, codes, distinct_NF.shape[1]), np.float32)
     residual = distinct_NF

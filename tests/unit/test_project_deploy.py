@@ -85,18 +85,26 @@ def test_what_the_service_imports_is_required() -> None:
     assert {name for name in outside if direct.isdisjoint(canonicalize_name(found) for found in distributions[name])} == set()
 
 
-def test_an_ega_v2_answers_without_the_training_dependencies() -> None:
-    """Its engine and its tokenizer, where nothing of TRAINING_ONLY nor scikit-learn can be imported."""
+def test_every_kind_of_model_answers_with_nothing_but_the_required_packages() -> None:
+    """Service, engines, kinds of model and tokenizer, where no other installed package can be imported."""
+    needed = requirements.closure()
+    others = {name for name, found in packages_distributions().items() if needed.isdisjoint(canonicalize_name(each) for each in found) and "ega" not in found}
+    assert {"kfp", "scipy", "sklearn", "threadpoolctl"} <= others and others.isdisjoint({"torch", "feast", "bentoml"})
     code = f"""
 import sys
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {(*(name.replace("-", "_") for name in requirements.TRAINING_ONLY), "sklearn")!r}:
-            raise ImportError("blocked: " + name)
+        if name.partition(".")[0] in {others!r}:
+            raise ModuleNotFoundError("blocked: " + name, name=name)
 sys.meta_path.insert(0, Blocked())
 import numpy as np
-import model.ega_v2.engine, serving.policies
+import model.ega_v1.engine, model.ega_v2.engine, serving.admin, serving.assembly, serving.policies, serving.service
+from model.ega_v1.network import NetworkConfig, VocabularySizes
+from model.kinds import STAGES, create
 from model.ega_v2.tokenizer import Tokenizer, TokenizerConfig
+sizes = VocabularySizes(ad=5, poi=5, advertiser=5, category=5, geo=5, creative=5)
+for kind in STAGES:
+    create(NetworkConfig(kind=kind, width=16), sizes)
 print(Tokenizer(np.random.default_rng(0).random((3, 8, 4)), TokenizerConfig(layers=3, codes=8), health=None).encode(np.zeros((5, 4))).shape)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
