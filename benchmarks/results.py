@@ -26,7 +26,7 @@ SECTIONS: dict[str, tuple[str, str]] = {
     "table4": ("Table 4: the online A/B test", "Paper: CTR +5.2 %, RPM +13.6 %, ROI +3.1 %, response time +2.2 %. Both models approved by the gates, served over HTTP to simulated users of one world; *true* changes are those of the pages really shown, by the market's click probabilities. Bids are truthful throughout: under GSP no advertiser would keep bidding so, which flatters the MCA arm of the last comparison. Protocol: [measuring.md](measuring.md)."),
     "scaling": ("Figure 5: scaling", "Paper: rising, with diminishing returns."),
     "sensitivity": ("What the headline rests on", "EGA-V1 over MCA, both at critical prices, in truth, with one knob turned at a time."),
-    "v2": ("EGA (V2) on whole pages", "Paper (V2): EGA 230.4, GR 206.7, cascade 192.5; without multi-token prediction 225.5, single-stage 218.2, mean bids 222.9. Ads with three creatives among five organic results; true clicks per request, all policies charge GSP. Notes: [ega_v2.md](ega_v2.md)."),
+    "v2": ("EGA (V2) on whole pages", "Paper (V2): EGA 230.4, GR 206.7, cascade 192.5; without multi-token prediction 225.5, single-stage 218.2, mean bids 222.9. Ads with three creatives among five organic results, judged by the market's truth; every policy charges GSP for truthful bids, and beside it truthful prices. Differences are EGA (V2)'s over the policy named. Notes: [ega_v2.md](ega_v2.md)."),
     "flops": ("Appendix A.1: cost of a request", "Counted on the network; Eq. 30 to 32 beside. Eq. 31 leaves out the projections of queries, keys and values, which are most of MIF's cost."),
     "sequential": ("SASRec and EGA-V1's encoder on published data", "Published for SASRec on Amazon Video Games, 100 sampled negatives: HR@10 .744, NDCG@10 .538. Protocol: [measuring.md](measuring.md)."),
     "next-poi": ("Next place on real check-ins", "Published next-place models on the same raw check-ins, split otherwise: Acc@1/5/10 .273, .536, .624. Protocol: [measuring.md](measuring.md)."),
@@ -64,8 +64,11 @@ def write_results(folder: Path, out: Path) -> int:
 
 
 def orders(differences: dict[str, dict[str, Any]] | None) -> str:
-    """In words, which paired differences have 95 % intervals above zero, below it, or on both sides; empty where there are none such."""
-    entries = {name: value for name, value in (differences or {}).items() if {"low", "high"} <= set(value) and None not in (value["low"], value["high"])}
+    """In words, which paired differences (by name, or by name and measure) have 95 % intervals above zero, below it, or on both sides; empty where there are none such."""
+    flat = {}
+    for name, value in (differences or {}).items():
+        flat |= {name: value} if "low" in value else {f"{name}, {part}": inner for part, inner in value.items() if isinstance(inner, dict)}
+    entries = {name: value for name, value in flat.items() if {"low", "high"} <= set(value) and None not in (value["low"], value["high"])}
     sides = {
         "above zero": [name for name, value in entries.items() if value["low"] > 0], "below zero": [name for name, value in entries.items() if value["high"] < 0],
         "no difference shown": [name for name, value in entries.items() if value["low"] <= 0 <= value["high"]],
@@ -92,8 +95,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     def cell(value: Any) -> str:
         return ("–" if not math.isfinite(value) else f"{value:.4g}") if isinstance(value, float) else str(value)
 
-    header = list(rows[0])
-    cells = [header, *([cell(row[name]) for name in header] for row in rows)]
+    header = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [header, *([cell(row.get(name, math.nan)) for name in header] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
     lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |" for line in cells]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
