@@ -102,10 +102,10 @@ class ServingConfig:
     """Time a client has to send its body; beyond: 408."""
     admission_limit: int = 2
     """Requests in the worker's threads at once; there are two of them."""
-    queue_ms: float = 250.0
+    queue_ms: float = 100.0
     """Longest wait for admission that is expected of a request of a burst, milliseconds; beyond, and beyond one a slot: 429 with Retry-After."""
     queue_calm_ms: float = 400.0
-    """Once one was refused it is no burst but overload: nobody waits until no request was refused for this long, milliseconds."""
+    """Once one was refused it is no burst but overload: nobody waits until no request was refused for this long, milliseconds, or few of the newest were."""
     feature_deadline_ms: float = 50.0
     """Longest wait for the user's features, milliseconds; beyond: the last known ones or the default user, answer marked degraded."""
     feature_failures: int = 5

@@ -6,10 +6,13 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from serving import gate
 from serving.errors import translate
 from serving.gate import DRAINING, Admission, Gate
 from serving.settings import Arm, ServingConfig
@@ -178,6 +181,47 @@ def test_a_burst_waits_in_order_and_a_refusal_ends_the_waiting_until_it_is_calm(
     run(work)
 
 
+@pytest.mark.parametrize(("load", "over"), [(0.5, True), (3.0, False)])
+def test_overload_ends_soon_at_half_load_and_never_while_it_lasts(load: float, over: bool) -> None:
+    """Two slots, 0.1 s of work, Poisson arrivals after a refusal: at half load one in five finds both slots taken, and a refusal alone proves nothing."""
+    clock, rng = Clock(), np.random.default_rng(0)
+    admission = Admission(limit=2, patience_seconds=0.2501, calm_seconds=10.0, clock=clock)
+    refused: list[float] = []
+
+    async def work() -> None:
+        await worked(admission, clock, 0.1)
+        busy = [await admission.enter() for _ in range(2)]
+        tasks = [asyncio.create_task(admission.enter()) for _ in range(40)]
+        await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        await asyncio.sleep(0)
+        began, ends = clock.now, [(clock.now + 0.1, entered) for entered in busy]
+        for gap in rng.exponential(0.05 / load, 300):
+            until = clock.now + gap
+            for end, entered in sorted(ends):
+                if end <= until:
+                    clock.now = end
+                    admission.leave(entered)
+                    ends.remove((end, entered))
+            clock.now = until
+            task = asyncio.create_task(admission.enter())
+            await asyncio.sleep(0)
+            if not task.done():
+                task.cancel()  # it may wait
+                await asyncio.sleep(0)
+            elif task.result() is None:
+                refused.append(clock.now)
+            else:
+                ends.append((clock.now + 0.1, clock.now))
+        if over:
+            assert 0 < len(refused) < 20 and refused[-1] - began < 4.0
+        else:
+            assert len(refused) > 150
+
+    run(work)
+
+
 @pytest.mark.parametrize(("work_seconds", "waiting"), [(0.01, 50), (0.1, 5), (0.2, 2), (0.6, 2), (3.0, 2)])
 def test_how_many_may_wait_follows_from_how_long_the_work_takes(work_seconds: float, waiting: int) -> None:
     clock = Clock()
@@ -282,3 +326,30 @@ def test_every_error_has_one_shape(status: int, body: bytes, expected: tuple) ->
     got, translated = translate(status, body)
     shape = error(translated)
     assert (got, shape["code"], shape["field"]) == expected and set(shape) == {"code", "message", "field"} and len(translated) < 500
+
+
+def test_refusals_in_overload_let_the_answers_have_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop sleeps after some of them, never twice without working for as long in between."""
+    slept: list[float] = []
+    clock = Clock()
+    monkeypatch.setattr(gate, "time", SimpleNamespace(monotonic=clock, perf_counter=clock, sleep=lambda seconds: (slept.append(clock.now), setattr(clock, "now", clock.now + seconds))))
+
+    async def work() -> None:
+        done = asyncio.Event()
+
+        async def held(scope: Any, receive: Any, send: Any) -> None:
+            await done.wait()
+            await echo(scope, receive, send)
+
+        app = Gate(held, config(admission_limit=1, queue_ms=0.0))
+        taken = [asyncio.create_task(call(app)) for _ in range(2)]  # one a slot may wait
+        for _ in range(10):
+            await asyncio.sleep(0)
+        for _ in range(100):
+            clock.now += 0.001
+            assert (await call(app))[0] == 429
+        done.set()
+        assert [answer[0] for answer in await asyncio.gather(*taken)] == [200, 200]
+
+    run(work)
+    assert 8 <= len(slept) <= 20 and np.diff(slept).min() > 0.005
