@@ -341,7 +341,7 @@ def test_refusals_in_overload_let_the_answers_have_the_interpreter(monkeypatch: 
             await done.wait()
             await echo(scope, receive, send)
 
-        app = Gate(held, config(admission_limit=1, queue_ms=0.0))
+        app = Gate(held, config(admission_limit=1, queue_ms=1.0))
         taken = [asyncio.create_task(call(app)) for _ in range(2)]  # one a slot may wait
         for _ in range(10):
             await asyncio.sleep(0)
