@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from model.cascade.sasrec import SasRec
-from model.ega_v1.network import NetworkConfig, RecFormer
 from model.evaluation.metrics import mean_and_interval
+from model.layers import ClusterBlock
 
 NEGATIVES = 100
 """Items drawn uniformly, without the user's own, that the held-out item is ranked against."""
@@ -197,16 +197,17 @@ class SasRecRanker:
 
 
 class BehaviourEncoder(nn.Module):
-    """EGA-V1's behaviour blocks (RecFormer's GCF over E_bhor) over a history of items: the state of the context token, which stands in front, is scored
-    against the item table, as SASRec's newest state is. Few behaviours are attended to one by one, as in every model here."""
+    """EGA-V1's behaviour blocks (GCF, attended to one by one, as few behaviours are in every model here) over a history of items: the state of the newest
+    is scored against the item table, as SASRec's is. Unlike there every item sees the later ones too."""
 
     def __init__(self, items: int, settings: Settings) -> None:
         super().__init__()
         width = settings.width
-        config = NetworkConfig(width=width, blocks=settings.blocks, heads=settings.heads, fusion="late", feed_forward=1, exact_behaviours=settings.length + 1)
         self.item = nn.Embedding(items + 1, width, padding_idx=0)
-        self.position = nn.Embedding(settings.length + 1, width)
-        self.blocks = RecFormer(config).behaviour_blocks
+        self.position = nn.Embedding(settings.length, width)
+        self.blocks = nn.ModuleList(
+            ClusterBlock(width, 1, settings.heads, exact_up_to=settings.length, factor=1, qkv_activation="dice", dropout=settings.dropout) for _ in range(settings.blocks)
+        )
         self.norm, self.dropout = nn.LayerNorm(width), nn.Dropout(settings.dropout)
         with torch.no_grad():
             for table in (self.item, self.position):
@@ -214,16 +215,14 @@ class BehaviourEncoder(nn.Module):
             self.item.weight[0].zero_()
 
     def forward(self, sequences_BL: Tensor) -> Tensor:
-        """States [B, D] after right-aligned histories."""
+        """States [B, D] after right-aligned histories; a user without one gets that of padding."""
         columns = sequences_BL.shape[1]
-        tokens = self.item(sequences_BL) * math.sqrt(self.item.embedding_dim) + self.position.weight[-columns:]
-        x = self.dropout(torch.cat([self.position.weight[:1].expand(len(tokens), 1, -1), tokens], 1))
-        real = torch.cat([torch.ones_like(sequences_BL[:, :1], dtype=torch.bool), sequences_BL != 0], 1)
-        context = torch.zeros(len(x), 1, dtype=torch.long)
+        x = self.dropout(self.item(sequences_BL) * math.sqrt(self.item.embedding_dim) + self.position.weight[-columns:])
+        real = sequences_BL != 0
+        real[:, -1] = True  # a row without any key has no softmax
+        newest = torch.full((len(x), 1), columns - 1)
         for number, block in enumerate(self.blocks, 1):
-            newest = number == len(self.blocks)
-            before = x[:, :1] if newest else x
-            x = before + self.dropout(block(x, real, context if newest else None) - before)
+            x = block(x, real, newest if number == len(self.blocks) else None)
         return self.norm(x[:, 0])
 
 

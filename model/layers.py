@@ -86,12 +86,12 @@ def _cache_parts(rows: Tensor) -> list[slice]:
     return [slice(start, start + count) for start in range(0, len(rows), max(1, count))]
 
 
-def multi_head_attention(query_BND: Tensor, key_BMD: Tensor, value_BMD: Tensor, heads: int, mask_BM: Tensor | None = None) -> Tensor:
-    """Softmax attention with `heads` heads of width D/H, scaled by sqrt(D/H) (Eq. 9 per head); returns [B, N, D]."""
+def multi_head_attention(query_BND: Tensor, key_BMD: Tensor, value_BMD: Tensor, heads: int, mask_BM: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+    """Softmax attention with `heads` heads of width D/H, scaled by sqrt(D/H) (Eq. 9 per head), its weights dropped at random by `dropout`; returns [B, N, D]."""
     batch, tokens, width = query_BND.shape
     query, key, value = (x.reshape(x.shape[0], x.shape[1], heads, width // heads).transpose(1, 2) for x in (query_BND, key_BMD, value_BMD))
     mask = None if mask_BM is None else mask_BM[:, None, None, :]
-    heads_BHNE = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    heads_BHNE = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
     return heads_BHNE.transpose(1, 2).reshape(batch, tokens, width)
 
 
@@ -119,9 +119,9 @@ class ClusterAttention(nn.Module):
     With at most `exact_up_to` tokens the tokens themselves are keys and values: clusters could only blur them.
     """
 
-    def __init__(self, width: int, clusters: int, heads: int, exact_up_to: int = 0, qkv_activation: str = "dice") -> None:
+    def __init__(self, width: int, clusters: int, heads: int, exact_up_to: int = 0, qkv_activation: str = "dice", dropout: float = 0.0) -> None:
         super().__init__()
-        self.heads, self.clusters, self.exact_up_to = heads, clusters, exact_up_to
+        self.heads, self.clusters, self.exact_up_to, self.dropout = heads, clusters, exact_up_to, dropout
         self.prototypes = nn.Parameter(torch.randn(clusters, width))
         self.qkv = nn.Linear(width, 3 * width)
         self.qkv_dice = Dice(3 * width) if qkv_activation == "dice" else None
@@ -150,7 +150,7 @@ class ClusterAttention(nn.Module):
 
     def finish(self, query_BND: Tensor, clusters: Clusters, mask_BN: Tensor) -> Tensor:
         """Eq. 9-10: attention of the queries to the clusters, output projection, Dice."""
-        heads = multi_head_attention(query_BND, clusters.key_BMD, clusters.value_BMD, self.heads, clusters.mask_BM)
+        heads = multi_head_attention(query_BND, clusters.key_BMD, clusters.value_BMD, self.heads, clusters.mask_BM, self.dropout if self.training else 0.0)
         return self.out_dice(self.out(heads), mask_BN)
 
     def forward(self, x_BND: Tensor, mask_BN: Tensor, only_BK: Tensor | None = None) -> Tensor:
@@ -246,27 +246,28 @@ class CrossAttention(nn.Module):
 class FeedForward(nn.Module):
     """Second sub-layer of a block, Eq. 15: D -> factor*D -> D with ReLU."""
 
-    def __init__(self, width: int, factor: int) -> None:
+    def __init__(self, width: int, factor: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.up, self.down = nn.Linear(width, factor * width), nn.Linear(factor * width, width)
+        self.up, self.down, self.dropout = nn.Linear(width, factor * width), nn.Linear(factor * width, width), nn.Dropout(dropout)
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        return self.down(F.relu(self.up(x_BND)))
+        return self.down(self.dropout(F.relu(self.up(x_BND))))
 
 
 class ClusterBlock(nn.Module):
-    """One GCF layer: cluster attention and feed-forward, pre-LN with residuals."""
+    """One GCF layer: cluster attention and feed-forward, pre-LN with residuals. `dropout`: on attention weights, hidden units and both sub-layers."""
 
-    def __init__(self, width: int, clusters: int, heads: int, exact_up_to: int, factor: int, qkv_activation: str) -> None:
+    def __init__(self, width: int, clusters: int, heads: int, exact_up_to: int, factor: int, qkv_activation: str, dropout: float = 0.0) -> None:
         super().__init__()
         self.norm_attention, self.norm_forward = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention = ClusterAttention(width, clusters, heads, exact_up_to, qkv_activation)
-        self.forward_layer = FeedForward(width, factor)
+        self.attention = ClusterAttention(width, clusters, heads, exact_up_to, qkv_activation, dropout)
+        self.forward_layer = FeedForward(width, factor, dropout)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_BND: Tensor, mask_BN: Tensor, only_BK: Tensor | None = None) -> Tensor:
         change = self.attention(self.norm_attention(x_BND), mask_BN, only_BK)
-        x_BND = (x_BND if only_BK is None else take(x_BND, only_BK)) + change
-        return x_BND + self.forward_layer(self.norm_forward(x_BND))
+        x_BND = (x_BND if only_BK is None else take(x_BND, only_BK)) + self.dropout(change)
+        return x_BND + self.dropout(self.forward_layer(self.norm_forward(x_BND)))
 
 
 class PointwiseBlock(nn.Module):

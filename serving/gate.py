@@ -40,6 +40,10 @@ _OVERLOAD_SHARE = 0.3
 """Share of refusals where two slots without a queue are offered three quarters of what they can do (Erlang's loss formula); below it the overload is over."""
 DRAINING = threading.Event()
 """Set on SIGTERM: the service finishes what it has and takes nothing new soon."""
+CHANGING = threading.Event()
+"""Set while a model is loaded and checked beside the requests, which are then slower for a while; see `Admission`."""
+_CHANGE_PATIENCE_SECONDS = 2.0
+"""What a wait may be while models change, and for how long afterwards."""
 _DRAIN_FACTOR = 16
 """A refused body is read and dropped up to this many times the cap, so that an ordinary client gets to read the refusal."""
 
@@ -48,7 +52,8 @@ class Admission:
     """`limit` requests at once; as many may wait in order, more while their wait is expected to stay below `patience_seconds`. Once one is refused
     nobody waits any more: a burst is absorbed, while in overload what is accepted is answered fast. That ends when `calm_seconds` passed without a refusal, or
     sooner when few of the newest requests were refused: where nobody waits, a service with two slots refuses a fifth even at half its load, and would never see the first.
-    The expectation rests on how long requests were in work lately."""
+    The expectation rests on how long requests were in work lately. While models change a service that is not overloaded lets more wait: it is slower for the
+    moment, and a swap shall fail nobody."""
 
     def __init__(self, limit: int, patience_seconds: float, calm_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._limit, self._patience, self._calm, self._clock = limit, patience_seconds, calm_seconds, clock
@@ -59,6 +64,7 @@ class Admission:
         self._refused_at = -float("inf")
         self._refused_share = 0.0
         """Of the newest requests; 1 at the refusal that begins an overload."""
+        self._changed_at = -float("inf")
 
     async def enter(self) -> float | None:
         """Take a slot, after a wait if need be: the time it was taken, to be given to `leave`; or None: refused."""
@@ -68,8 +74,11 @@ class Admission:
             self._running += 1
             metrics.ADMITTED.inc()
             return now
+        if CHANGING.is_set():
+            self._changed_at = now
+        patience = max(self._patience, _CHANGE_PATIENCE_SECONDS) if now - self._changed_at < _CHANGE_PATIENCE_SECONDS else self._patience
         wait = (len(self._queue) + 1) * self._work_seconds / self._limit
-        long = wait > self._patience and len(self._queue) >= self._limit  # one a slot may wait however long the work takes
+        long = wait > patience and len(self._queue) >= self._limit  # one a slot may wait however long the work takes
         overload = now - self._refused_at < self._calm and self._refused_share > _OVERLOAD_SHARE
         if long or len(self._queue) >= _MOST_WAITING or overload:
             self._refused_at, self._refused_share = now, self._refused_share + _NEWEST_SHARE * (1.0 - self._refused_share) if overload else 1.0

@@ -17,6 +17,7 @@ from typing import Any
 
 from model.bundle import BundleError
 from serving import metrics
+from serving.gate import CHANGING
 from serving.policies import Bootstrap, Policy
 from serving.ranking import Live, Ranking
 from serving.settings import ServingConfig
@@ -91,6 +92,7 @@ class LiveModels:
     def _change(self, place: str, target: Callable[[], str], rollback: bool) -> dict[str, Any]:
         if not self._changing.acquire(blocking=False):
             raise Busy("another change of models is under way; try again when it is done")
+        CHANGING.set()
         try:
             done = self._worker.submit(self._make, place, target, rollback).result()
             metrics.MODEL_SWAPS.labels(outcome="activated").inc()
@@ -101,6 +103,7 @@ class LiveModels:
             logger.error("place %s: change refused, the old model stays: %s", place, error)
             raise Refused(str(error)) from error
         finally:
+            CHANGING.clear()
             self._changing.release()
 
     def _make(self, place: str, target: Callable[[], str], rollback: bool) -> dict[str, Any]:

@@ -62,26 +62,27 @@ BODY = {"user_id": 7, "city_id": 0, "latitude": 40.0, "longitude": -74.0}
 KEY = b"k" * 32
 
 
-def tiny_bundle(folder: Path, seed: int = 0, vocabulary: dict | None = None, key: bytes = KEY) -> str:
-    """A signed bundle with a small untrained network; returns its version."""
+def tiny_bundle(folder: Path, seed: int = 0, vocabulary: dict | None = None, key: bytes = KEY, network: dict | None = None) -> str:
+    """A signed bundle with a small untrained network, or one of these sizes; returns its version."""
     import torch
 
     from model.bundle import write_bundle
     from model.ega_v1.network import EgaV1, NetworkConfig, VocabularySizes
 
     torch.manual_seed(seed)
-    config = NetworkConfig(width=16, embedding=4, blocks=1, auction_blocks=1, fusion_after=(1,), clusters=4, heads=2, feed_forward=1, head_hidden=(8,))
+    tiny = {"width": 16, "embedding": 4, "blocks": 1, "auction_blocks": 1, "fusion_after": (1,), "clusters": 4, "heads": 2, "feed_forward": 1, "head_hidden": (8,)}
+    config = NetworkConfig(**(network or tiny))
     vocabulary = vocabulary or {"version": 1, "tables": {name: list(range(5)) for name in ("ad", "poi", "advertiser", "category", "geo", "creative")}}
     sizes = VocabularySizes(**{name: len(ids) + 2 for name, ids in vocabulary["tables"].items()})
     return write_bundle(folder, EgaV1(config, sizes), vocabulary, {}, {"test": True}, key)
 
 
-def write_logs(root: Path, users: int = 30, seed: int = 2) -> None:
+def write_logs(root: Path, users: int = 30, seed: int = 2, count: int = 60) -> None:
     """A day of tiny logs over `catalogue()`: profiles and visits of users 1 up, one request each, no impressions but the first ad."""
     from marketplace.logs import write_manifest, write_table
 
     rng = np.random.default_rng(seed)
-    ads = catalogue().drop(columns=["impressions", "clicks"])
+    ads = catalogue(count).drop(columns=["impressions", "clicks"])
     day = pd.Timestamp("2026-05-31", tz="UTC").as_unit("us")
     ids = np.arange(1, users + 1)
     visits = pd.DataFrame({"user_id": np.repeat(ids, 8), "poi_row": rng.integers(0, len(ads), 8 * users)})
@@ -134,18 +135,18 @@ def model_ranking(home: Path, user_of: object = None, budgets: dict[int, float] 
     return ranking
 
 
-def served_home(ega_home: Path) -> Path:
-    """A home with a built feature store and an approved tiny model, signed with the key in `ega_home`; returns the home."""
+def served_home(ega_home: Path, ads: int = 60, network: dict | None = None) -> Path:
+    """A home with a built feature store and an approved tiny model (or one of these sizes), signed with the key in `ega_home`; returns the home."""
     from features.build import build_features
     from model.bundle import signing_key
     from serving.store import approve_bundle, write_gate_record
 
     home, logs = ega_home / "tiny", ega_home / "logs"
-    write_logs(logs)
+    write_logs(logs, count=ads)
     build_features(logs, home, behaviours=16)
     key = signing_key(ega_home, create=True)
     bundle, record = ega_home / "bundle", ega_home / "gate.json"
-    tiny_bundle(bundle, vocabulary=vocabulary_of(catalogue()), key=key)
+    tiny_bundle(bundle, vocabulary=vocabulary_of(catalogue(ads)), key=key, network=network)
     gates = {"ic": {"approved": True, "reason": "test"}, "revenue": {"approved": True, "reason": "test"}}
     write_gate_record(record, bundle, gates, key)
     approve_bundle(bundle, record, home, key)

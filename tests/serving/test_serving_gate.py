@@ -14,7 +14,7 @@ import pytest
 
 from serving import gate
 from serving.errors import translate
-from serving.gate import DRAINING, Admission, Gate
+from serving.gate import CHANGING, DRAINING, Admission, Gate
 from serving.settings import Arm, ServingConfig
 
 JSON = {"content-type": "application/json"}
@@ -235,6 +235,39 @@ def test_how_many_may_wait_follows_from_how_long_the_work_takes(work_seconds: fl
         assert sum(not task.done() for task in tasks) == waiting
         for task in tasks:
             task.cancel()
+
+    run(work)
+
+
+@pytest.mark.parametrize("overloaded", [False, True])
+def test_while_models_change_more_may_wait_unless_there_is_overload(overloaded: bool) -> None:
+    clock = Clock()
+    admission = Admission(limit=1, patience_seconds=0.2501, calm_seconds=0.4, clock=clock)
+
+    async def waiting(count: int) -> int:
+        tasks = [asyncio.create_task(admission.enter()) for _ in range(count)]
+        await asyncio.sleep(0)
+        found = sum(not task.done() for task in tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.sleep(0)
+        return found
+
+    async def work() -> None:
+        await worked(admission, clock, 0.1)
+        assert await admission.enter() is not None
+        if overloaded:
+            assert await waiting(3) == 2
+        CHANGING.set()
+        try:
+            assert await waiting(30) == (0 if overloaded else 20)
+        finally:
+            CHANGING.clear()
+        if not overloaded:
+            clock.now += 1.0  # the change is done, what waits is not
+            assert await waiting(19) == 19
+            clock.now += 2.0
+            assert await waiting(30) == 2
 
     run(work)
 
