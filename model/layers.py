@@ -37,7 +37,8 @@ class Dice(nn.Module):
         # The running statistics are used in training too: gradients then do not couple the requests of a batch, and
         # a request scores alike alone and in company.
         scale = torch.rsqrt(self.variance + self.epsilon)
-        return _Dice.apply(x_BND, self.mean.to(x_BND.dtype), scale.to(x_BND.dtype), self.alpha.to(x_BND.dtype))
+        constants = self.mean.to(x_BND.dtype), scale.to(x_BND.dtype), self.alpha.to(x_BND.dtype)
+        return _Dice.apply(x_BND, *constants) if torch.is_grad_enabled() else _dice(x_BND, *constants)[0]
 
     @torch.no_grad()
     def _observe(self, x_BND: Tensor, mask_BN: Tensor | None) -> None:
@@ -51,17 +52,23 @@ class Dice(nn.Module):
         self.variance.lerp_(variance, self.momentum)
 
 
-class _Dice(torch.autograd.Function):
+def _dice(x: Tensor, mean: Tensor, scale: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x * (alpha + gate * (1 - alpha)), gate = sigma((x - mean) * scale), a cache's worth of rows at a time on a CPU: it is bound by memory, and as
-    single operations every one of a dozen would read and write all of x. mean and scale are constants."""
+    single operations every one of a dozen would read and write all of x. Also x as rows and the shift -mean * scale."""
+    rows, out = x.reshape(-1, x.shape[-1]), torch.empty_like(x, memory_format=torch.contiguous_format)
+    flat, shift, rest = out.view(-1, x.shape[-1]), -mean * scale, 1.0 - alpha
+    for part in _cache_parts(rows):
+        gate = torch.addcmul(shift, rows[part], scale).sigmoid_()
+        torch.mul(rows[part], torch.addcmul(alpha, gate, rest, out=gate), out=flat[part])
+    return out, rows, shift
+
+
+class _Dice(torch.autograd.Function):
+    """`_dice` with its gradients; mean and scale are constants."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mean: Tensor, scale: Tensor, alpha: Tensor) -> Tensor:
-        rows, out = x.reshape(-1, x.shape[-1]), torch.empty_like(x, memory_format=torch.contiguous_format)
-        flat, shift, rest = out.view(-1, x.shape[-1]), -mean * scale, 1.0 - alpha
-        for part in _cache_parts(rows):
-            gate = torch.addcmul(shift, rows[part], scale).sigmoid_()
-            torch.mul(rows[part], torch.addcmul(alpha, gate, rest, out=gate), out=flat[part])
+        out, rows, shift = _dice(x, mean, scale, alpha)
         ctx.save_for_backward(rows, shift, scale, alpha)
         return out
 

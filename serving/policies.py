@@ -139,19 +139,18 @@ class Model:
         self.version = bundle.version
         self._vocabulary = Vocabulary.from_dict(bundle.vocabulary)
         self._engine = RankingEngine(bundle, execution=Execution(device=device, dtype=dtype))
-        self._default_user = UserFeatures.unknown(behaviours)
+        self._default_user, self._behaviours = UserFeatures.unknown(behaviours), behaviours
         self._default_mode = default_mode
         self._learned_allowed = learned_allowed
         self._currency_step, self._quality_floor = currency_step, quality_floor
         self._cities: Snapshots[Any] = Snapshots()
-        self._lock = threading.Lock()
 
     def prepare(self, ads: CityAds) -> None:
         from features.encoding import encode_ads
 
         places = np.stack([ads.latitude, ads.longitude], axis=1).astype(np.float32)
         # States belong to the set of ads: new bids cost nothing here.
-        self._cities.add(ads.city_id, ads.members, lambda: self._engine.prepare_city(ads.ad_id, encode_ads(self._vocabulary, ads.frame), places))
+        self._cities.add(ads.city_id, ads.members, lambda: self._engine.prepare_city(ads.ad_id, encode_ads(self._vocabulary, ads.frame), places, self._behaviours))
 
     def rank(self, ads: CityAds, query: Query) -> PricedPage:
         mode = query.price_mode or self._default_mode
@@ -163,22 +162,21 @@ class Model:
             nothing = np.empty(0)
             return PricedPage(np.empty(0, np.int64), nothing, nothing, nothing, nothing, mode)
         encoded = _encoded(self._vocabulary, query.user or self._default_user, query)
-        with self._lock:  # one page at a time on these cores; two would only share them
-            page = self._engine.rank(
-                self._cities.of(ads.city_id, ads.members),
-                encoded["user_fields"][0],
-                encoded["context_fields"][0],
-                encoded["behaviours"][0],
-                np.array([query.latitude, query.longitude], np.float32),
-                np.where(query.eligible, query.bids, ads.bid),
-                query.reserves,
-                query.eligible,
-                min(query.slots, self._engine.slots),
-                mode,
-                bid_unit=_bid_unit(ads, query),
-                currency_step=self._currency_step,
-                quality_floor=self._quality_floor,
-            )
+        page = self._engine.rank(
+            self._cities.of(ads.city_id, ads.members),
+            encoded["user_fields"][0],
+            encoded["context_fields"][0],
+            encoded["behaviours"][0],
+            np.array([query.latitude, query.longitude], np.float32),
+            np.where(query.eligible, query.bids, ads.bid),
+            query.reserves,
+            query.eligible,
+            min(query.slots, self._engine.slots),
+            mode,
+            bid_unit=_bid_unit(ads, query),
+            currency_step=self._currency_step,
+            quality_floor=self._quality_floor,
+        )
         rows = np.asarray(page.rows, np.int64)
         return PricedPage(
             rows=rows,

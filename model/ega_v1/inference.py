@@ -15,8 +15,10 @@ import copy
 import itertools
 import math
 import threading
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -56,6 +58,50 @@ class Execution:
         return torch.bfloat16 if self.device == "cuda" or torch.cpu.get_capabilities().get("amx_bf16", False) else torch.float32
 
 
+class _Recording:
+    """A function of tensors, run once and from then on replayed by torch without the interpreter, and so without its lock: hundreds of operations of a few
+    microseconds each would otherwise ask for that lock a thousand times a request, against every other thread of a service.
+
+    TorchScript, although torch no longer develops it: torch.compile needs a C++ compiler where the service runs, torch.export goes through Python at every
+    operation. What `run` returns may hold tensors, None and tuples of them; nothing in it may depend on the inputs' values but through tensors. Replays
+    share their buffers: one at a time, and a result is valid until the next.
+    """
+
+    def __init__(self, run: Callable[..., Any], example: tuple[Tensor, ...]) -> None:
+        def flat(*inputs: Tensor) -> tuple[Tensor, ...]:
+            leaves: list[Tensor] = []
+            self._shape = _flatten(run(*inputs), leaves)
+            return tuple(leaves)
+
+        self._inputs = [x.shape for x in example]
+        with _scratch.fresh(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of deprecation, and that Python numbers (all of them sizes) are taken for constants
+            self._graph = torch.jit.trace(flat, example, check_trace=False)
+        for _ in range(2):  # torch rewrites it after the first, for as long as some requests take
+            self._graph(*example)
+
+    def fits(self, inputs: tuple[Tensor, ...]) -> bool:
+        """Whether it was recorded for inputs of these shapes."""
+        return [x.shape for x in inputs] == self._inputs
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        return _unflatten(self._shape, iter(self._graph(*inputs)))
+
+
+def _flatten(value: Any, leaves: list[Tensor]) -> Any:
+    """Append the tensors of a nest of tuples; returns the nest with True for each."""
+    if isinstance(value, Tensor):
+        leaves.append(value)
+        return True
+    return None if value is None else tuple(_flatten(part, leaves) for part in value)
+
+
+def _unflatten(shape: Any, leaves: Iterator[Tensor]) -> Any:
+    if shape is True:
+        return next(leaves)
+    return None if shape is None else tuple(_unflatten(part, leaves) for part in shape)
+
+
 @dataclass(frozen=True)
 class CityCache:
     """What one model knows of a city's ads before any request; immutable."""
@@ -70,6 +116,8 @@ class CityCache:
     """[1, N, F_ad]."""
     ad_place: Tensor
     """[1, N, 2]."""
+    recording: _Recording | None = None
+    """Of a request's pass over these ads; see `WholeCity.record`."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +152,15 @@ class _Scratch(threading.local):
         if key not in self.kept or len(self.kept[key]) < rows:
             self.kept[key] = torch.empty(rows, width, dtype=dtype, device=device)
         return self.kept[key][:rows]
+
+    @contextmanager
+    def fresh(self) -> Iterator[None]:
+        """Buffers of its own for what runs in here."""
+        kept, self.kept = self.kept, {}
+        try:
+            yield
+        finally:
+            self.kept = kept
 
 
 _scratch = _Scratch()
@@ -359,7 +416,8 @@ class WholeCity:
         if execution.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device: cuda needs a CUDA build of torch and a GPU that it can see; use device: cpu")
         self.execution, self.dtype, self.device = execution, execution.resolved(), torch.device(execution.device)
-        self.network = network if execution.device == "cpu" else copy.deepcopy(network).to(self.device)
+        weights = {id(each): nn.Parameter(each.detach().to(self.device), requires_grad=False) for each in network.parameters()}  # on a CPU the same memory
+        self.network = copy.deepcopy(network, weights).to(self.device)
         self.lock = threading.Lock()
         self._threads = torch.get_num_threads() if execution.device == "cpu" else 1
         self._swept = execution.path == "fast" and isinstance(network, EgaV1)
@@ -454,6 +512,17 @@ class WholeCity:
             (clusters,) = self._sweep(ads, [fusion.prototypes if following is None else following.prototypes], finish, alone=True)
         return CityCache(x, query, fusion.context_keys(clusters), ad_fields, ad_place)
 
+    def record(self, city: CityCache, behaviours: int) -> CityCache:
+        """The same city with a recording of a request's pass over it, for histories of this length; as it is where a pass is shared among threads, runs
+        on a GPU, or depends on the history (`_without_padding`). Needs no lock, as `prepare`."""
+        if not self._swept or self._pool is not None or self.device.type != "cpu" or not 0 < behaviours <= self.network.config.exact_behaviours:
+            return city
+        widths = (len(schema.USER_FIELDS),), (len(schema.CONTEXT_FIELDS),), (behaviours, len(schema.BEHAVIOUR_FIELDS))
+        example = (*(torch.full((1, *width), schema.FIRST_CODE) for width in widths), torch.zeros(1, 2))
+        with torch.inference_mode():
+            x = torch.empty_like(city.states)
+            return replace(city, recording=_Recording(lambda *inputs: self._pass(city, x, *inputs), example))
+
     @torch.inference_mode()
     def encode(self, city: CityCache, user_fields: Tensor, context_fields: Tensor, behaviours: Tensor, request_place: Tensor) -> Encoded:
         """One request, [1, F_user], [1, F_context], [1, L, F_behaviour], [1, 2]. The caller holds `lock` while it reads the result."""
@@ -463,11 +532,24 @@ class WholeCity:
             return self._plain(city, *inputs)
         return encoded
 
-    def _encode(self, city: CityCache, user_fields: Tensor, context_fields: Tensor, behaviours: Tensor, request_place: Tensor) -> Encoded:
+    def _encode(self, city: CityCache, *inputs: Tensor) -> Encoded:
+        if city.recording is not None and city.recording.fits(inputs):
+            found = city.recording(*inputs)
+        else:
+            if self._buffer.shape != city.states.shape:
+                self._buffer = torch.empty_like(city.states)
+            found = self._pass(city, self._buffer, *inputs)
+        h, user, click, scores, projected, crossed, trail = found
+        encoded = Encoded(h.unsqueeze(0), user, click.unsqueeze(0), *scores)
+        if self.dtype == torch.float32:
+            return encoded
+        return replace(encoded, again=lambda rows: self._again(city, rows, trail, user, crossed, projected))
+
+    def _pass(self, city: CityCache, x: Tensor, user_fields: Tensor, context_fields: Tensor, behaviours: Tensor, request_place: Tensor) -> Any:
+        """h, written to x [N, D]; e_u [1, D]; click logits [N]; A and e^{w+M}; and what `_again` reads: slot projections, crossed features, and what was
+        attended to from the first fusion on, block by block."""
         network, head, ads = self.network, self.network.click_head, len(city.states)
-        if self._buffer.shape != city.states.shape:
-            self._buffer = torch.empty_like(city.states)
-        x, click = self._buffer, torch.empty(ads, device=self.device)
+        click = torch.empty(ads, device=self.device)
         user = network.features.user(user_fields, context_fields)
         behaviours = self._without_padding(behaviours)
         person = head.item.bias.to(self.dtype) + head.user(user)[0].to(self.dtype)
@@ -477,7 +559,7 @@ class WholeCity:
             behaviour = self._next_behaviour(number, behaviour, mask)
 
         clusters = slots = None
-        trail: list[tuple[int, Any, Keys | None]] = []
+        trail: list[tuple[Keys | None, Keys | None]] = []
         for number in range(self.first, self.last + 1):
             block, following, fusion = self._blocks.get(number), self._blocks.get(number + 1), self._fusions.get(number)
             keys = None if block is None else block.keys(clusters)
@@ -487,7 +569,7 @@ class WholeCity:
             seen = None if fusion is None else fusion.keys(history)
             if self.dtype != torch.float32:
                 exact = self._exact_fusions.get(number)
-                trail.append((number, None if block is None else self._exact_blocks[number].keys(clusters), None if exact is None else exact.keys(history)))
+                trail.append((None if block is None else self._exact_blocks[number].keys(clusters), None if exact is None else exact.keys(history)))
 
             def advance(rows: slice, gather: _Gather | None, context: _Gather | None, slots: _Gather | None) -> None:
                 part = x[rows]
@@ -511,15 +593,12 @@ class WholeCity:
             if fusion is not None:
                 behaviour = fusion.update(behaviour, mask, city.context if block is None else fusion.context_keys(context))
         projected = self._projected_slots(user, slots)
-        encoded = Encoded(x.unsqueeze(0), user, click.unsqueeze(0), *self._scores(x, projected))
-        if self.dtype == torch.float32:
-            return encoded
-        return replace(encoded, again=lambda rows: self._again(city, rows, trail, user, crossed, projected))
+        return x, user, click, self._scores(x, projected), projected, crossed, tuple(trail)
 
     def _without_padding(self, behaviours: Tensor) -> Tensor:
         """[1, L', F] without the padding at the end, as far as that decides nothing: few behaviours are attended to one by one, many by clusters."""
         least = max(1, self.network.config.exact_behaviours)
-        if behaviours.shape[1] < least:
+        if behaviours.shape[1] <= least:
             return behaviours
         real = torch.nonzero(behaviours[0, :, 0] != schema.PADDING)
         return behaviours[:, : max(least, 1 + int(real[-1]) if len(real) else 0)]
@@ -535,11 +614,13 @@ class WholeCity:
         swept.finish(x, swept.keys(clusters))
         return x.unsqueeze(0)
 
-    def _again(self, city: CityCache, rows: Tensor, trail: list[tuple[int, Any, Keys | None]], user: Tensor, crossed: Tensor | None, projected: Tensor) -> Encoded:
+    def _again(
+        self, city: CityCache, rows: Tensor, trail: tuple[tuple[Keys | None, Keys | None], ...], user: Tensor, crossed: Tensor | None, projected: Tensor
+    ) -> Encoded:
         """The way of some ads through the network once more, in float32. What they attend to is kept: as averages over all ads the
         clusters hold far less rounding than a single ad does."""
         x = city.states[rows]
-        for number, keys, seen in trail:
+        for number, (keys, seen) in enumerate(trail, self.first):
             if keys is not None or number > self.first:
                 self._exact_blocks[number].finish(x, keys)
             if number in self._exact_fusions:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -31,6 +33,14 @@ def threads(request: pytest.FixtureRequest) -> Any:
     torch.set_num_threads(request.param)
     yield request.param
     assert torch.get_num_threads() == request.param, "the engine's own threads must not change the setting of others"
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
     torch.set_num_threads(before)
 
 
@@ -99,6 +109,50 @@ def test_equal_requests_get_equal_bits_and_another_request_between_leaves_no_tra
     assert not torch.equal(clicks(other), first)
     assert torch.equal(clicks(city), first)
     assert torch.equal(whole.prepare(city.ad_fields, city.ad_place).states, cache.states)
+
+
+@pytest.mark.parametrize("change", CONFIGURATIONS, ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@torch.inference_mode()
+def test_a_recorded_pass_gives_the_same_bits(change: dict[str, Any], dtype: Literal["float32", "bfloat16"], one_thread: None) -> None:
+    whole = WholeCity(tiny_network(**change), Execution(dtype=dtype, chunk=100))
+    batches = [random_batch(1, 700, behaviours=6, seed=seed, padded=False) for seed in range(3)]
+    city = whole.prepare(batches[0].ad_fields, batches[0].ad_place)
+    recorded = whole.record(city, 6)
+    assert whole.record(city, 6_000) is city
+    if change.get("exact_behaviours") == 0:  # what is read of a history depends on its padding
+        assert recorded is city
+        return
+    assert recorded.recording is not None
+    rows = torch.tensor([3, 500, 7])
+    for batch in [*batches, batches[0]]:
+        batch.behaviours[0, 2 + int(batch.behaviours[0, 0, 0]) % 4 :] = schema.PADDING
+        inputs = batch.user_fields, batch.context_fields, batch.behaviours, batch.request_place
+        for shorter in (False, True):  # a history of another length takes the ordinary way
+            asked = (*inputs[:2], inputs[2][:, :5] if shorter else inputs[2], inputs[3])
+            plain = whole.encode(city, *asked)
+            kept = [getattr(plain, name).clone() for name in ("h", "user", "click", "affinity", "slopes")]
+            kept += [] if plain.again is None else [plain.again(rows).h]
+            replayed = whole.encode(recorded, *asked)
+            ours = [getattr(replayed, name) for name in ("h", "user", "click", "affinity", "slopes")] + ([] if replayed.again is None else [replayed.again(rows).h])
+            assert len(kept) == len(ours) and all(torch.equal(a, b) for a, b in zip(kept, ours, strict=True))
+
+
+def test_recorded_passes_of_two_cities_share_no_buffers(one_thread: None) -> None:
+    """Two models of a service rank at once, and a third is made ready beside them."""
+    batches, passes = [random_batch(1, 700, behaviours=6, seed=seed, padded=False) for seed in range(2)], []
+    for batch in batches:
+        whole = WholeCity(tiny_network(), Execution(dtype="float32", chunk=100))
+        city = whole.record(whole.prepare(batch.ad_fields, batch.ad_place), 6)
+        passes.append(lambda whole=whole, city=city, batch=batch: whole.encode(city, batch.user_fields, batch.context_fields, batch.behaviours, batch.request_place).click.clone())
+    alone = [each() for each in passes]
+    with ThreadPoolExecutor(3) as pool:
+        work = [pool.submit(lambda each=each: [each() for _ in range(50)]) for each in passes]
+        while not all(each.done() for each in work):
+            whole = WholeCity(tiny_network(), Execution(dtype="float32", chunk=100))
+            whole.record(whole.prepare(batches[0].ad_fields, batches[0].ad_place), 6)
+        for expected, found in zip(alone, work, strict=True):
+            assert all(torch.equal(expected, each) for each in found.result())
 
 
 def test_logits_beyond_the_fixed_shift_fall_back_to_the_plain_network() -> None:
