@@ -135,8 +135,8 @@ class Settings(Sizes):
 
     negatives: int = 512
     """S, uniform negatives that all positions of a batch share."""
-    tokens: int = 2048
-    """Items in a batch, about: of whole histories, each a training position, for SASRec; of one history a training position for EGA-V1's encoder."""
+    positions: int = 2048
+    """Training positions in a batch, about: those of whole histories for SASRec, one a history for EGA-V1's encoder."""
     epochs: int = 100
     """At most."""
     patience: int = 5
@@ -158,11 +158,12 @@ def next_item_loss(state_TD: Tensor, target_T: Tensor, item: nn.Embedding, items
     return -torch.log_softmax(torch.cat([positive, scores], 1), 1)[:, 0].mean()
 
 
-def batches_by_length(length: np.ndarray, tokens: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Rows in batches of about `tokens` real positions and of like length, so that little of a batch is padding."""
+def batches_by_length(length: np.ndarray, trained: np.ndarray, positions: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Rows in batches of like length, so that little of a batch is padding, and of about as many training positions, of which a row has `trained`: every
+    position then counts alike."""
     order = np.lexsort([rng.random(len(length)), length])
     order = order[length[order] > 0]
-    chunk = np.cumsum(length[order]) // tokens
+    chunk = np.cumsum(trained[order]) // positions
     parts = np.split(order, np.flatnonzero(np.diff(chunk)) + 1)
     for number in rng.permutation(len(parts)):
         yield parts[number]
@@ -182,7 +183,7 @@ class SasRecRanker:
         data, settings = self.data, self.settings
         users = np.flatnonzero(training_length(data) >= 2)
         positions = np.minimum(training_length(data)[users] - 1, settings.length)
-        for rows in batches_by_length(positions, settings.tokens, rng):
+        for rows in batches_by_length(positions, positions, settings.positions, rng):
             longest = int(positions[rows].max())
             sequence = torch.from_numpy(history(data, users[rows], longest + 1))
             state = self.network(sequence[:, :-1])
@@ -206,7 +207,7 @@ class BehaviourEncoder(nn.Module):
         self.item = nn.Embedding(items + 1, width, padding_idx=0)
         self.position = nn.Embedding(settings.length, width)
         self.blocks = nn.ModuleList(
-            ClusterBlock(width, 1, settings.heads, exact_up_to=settings.length, factor=1, qkv_activation="dice", dropout=settings.dropout) for _ in range(settings.blocks)
+            ClusterBlock(width, 1, settings.heads, exact_up_to=settings.length, factor=1, qkv_activation="none", dropout=settings.dropout) for _ in range(settings.blocks)
         )
         self.norm, self.dropout = nn.LayerNorm(width), nn.Dropout(settings.dropout)
         with torch.no_grad():
@@ -243,7 +244,7 @@ class BehaviourRanker:
         user = np.repeat(np.arange(data.users), positions)
         end = data.start[user] + 1 + np.arange(len(user)) - first[user]
         length = np.minimum(end - data.start[user], settings.length)
-        for rows in batches_by_length(length, settings.tokens, rng):
+        for rows in batches_by_length(length, np.ones(len(length)), settings.positions, rng):
             at = end[rows, None] + np.arange(-int(length[rows].max()), 0)
             state = self.network(torch.from_numpy(np.where(at >= data.start[user[rows], None], data.items[at.clip(min=0)], 0)))
             yield next_item_loss(state, torch.from_numpy(data.items[end[rows]]), self.network.item, data.count, settings.negatives, rng)
@@ -383,7 +384,7 @@ def sequential(data: Path, seed: int = 0, quick: bool = False) -> dict[str, Any]
 MEASURES = ("HR@10 of 101", "NDCG@10 of 101", "HR@10 of all", "NDCG@10 of all")
 SETTINGS = {
     "SASRec": Settings(epochs=48, patience=4),
-    "EGA-V1 encoder": Settings(epochs=48, patience=4, tokens=16_384),  # as many steps
+    "EGA-V1 encoder": Settings(epochs=48, patience=4),
 }
 """Sized for less than half an hour on two quiet cores."""
 QUICK = {name: replace(Settings(), width=8, blocks=1, length=10, epochs=1, validation_users=100, full_ranking_users=100) for name in MODELS}

@@ -32,8 +32,6 @@ _OPEN_PATHS = {"/livez", "/readyz", "/healthz"}
 _KNOWN_PATHS = {"/v1/rank", "/v1/events"}
 _BODILESS = {"GET", "HEAD", "OPTIONS"}
 _MOST_WAITING = 128
-_BREATH_SECONDS = 0.005
-"""How long the loop sleeps at most after a refusal for overload, and works at least between two sleeps."""
 _NEWEST_SHARE = 0.1
 """Weight of the newest request in the moving averages of time in work and of refusals."""
 _OVERLOAD_SHARE = 0.3
@@ -124,7 +122,6 @@ class Gate:
         self._token = (token if token is not None else os.environ.get(TOKEN_VARIABLE, "")).encode()
         self._admission = Admission(self.settings.admission_limit, self.settings.queue_ms / 1e3, self.settings.queue_calm_ms / 1e3)
         self._buffered = 0
-        self._breathed = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -163,7 +160,6 @@ class Gate:
             entered = await self._admission.enter()
             if entered is None:
                 await self._refuse(send, None, headers, 429, "overloaded", "too many requests at once; try again after Retry-After seconds", close=False)
-                self._breathe()
                 return
             metrics.QUEUE_SECONDS.observe(time.perf_counter() - complete)
             shaped = _ErrorShape(send)
@@ -175,13 +171,6 @@ class Gate:
                 metrics.REQUEST_SECONDS.labels(path=path, status=str(shaped.status)).observe(time.perf_counter() - complete)
         finally:
             self._buffered -= length
-
-    def _breathe(self) -> None:
-        """Leave the interpreter to the threads that compute answers. In overload the loop would wake for every refusal and take it from them in the middle of
-        theirs, a thousand times a second; refused a few at a time, the same requests cost the answers a tenth less."""
-        if time.monotonic() - self._breathed > _BREATH_SECONDS:
-            time.sleep(_BREATH_SECONDS)
-            self._breathed = time.monotonic()
 
     def _refuse_headers(self, headers: dict[bytes, bytes]) -> tuple[int, str, str] | None:
         content_type = headers.get(b"content-type", b"").split(b";")[0].strip().lower()

@@ -17,7 +17,6 @@ from typing import Any
 
 from model.bundle import BundleError
 from serving import metrics
-from serving.gate import CHANGING
 from serving.policies import Bootstrap, Policy
 from serving.ranking import Live, Ranking
 from serving.settings import ServingConfig
@@ -56,6 +55,8 @@ class LiveModels:
     def __init__(self, config: ServingConfig, key: bytes, ranking: Ranking, load: Callable[[Approved], Policy], loaded: dict[str, Policy]) -> None:
         """`loaded`: the policies of `placed(config, key)`, by place; they become live at once, `ranking.warm_up` checks them."""
         self._config, self._key, self._ranking, self._load = config, key, ranking, load
+        self.tell: Callable[[bool], None] = lambda under_way: None
+        """Called when a change begins and when it is over: requests are slower between the two."""
         self._bootstrap = Bootstrap(config.bootstrap_epsilon, config.seed, config.currency_step)
         self._places = dict(loaded)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="models", initializer=lambda: os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS))
@@ -92,7 +93,7 @@ class LiveModels:
     def _change(self, place: str, target: Callable[[], str], rollback: bool) -> dict[str, Any]:
         if not self._changing.acquire(blocking=False):
             raise Busy("another change of models is under way; try again when it is done")
-        CHANGING.set()
+        self.tell(True)
         try:
             done = self._worker.submit(self._make, place, target, rollback).result()
             metrics.MODEL_SWAPS.labels(outcome="activated").inc()
@@ -103,7 +104,7 @@ class LiveModels:
             logger.error("place %s: change refused, the old model stays: %s", place, error)
             raise Refused(str(error)) from error
         finally:
-            CHANGING.clear()
+            self.tell(False)
             self._changing.release()
 
     def _make(self, place: str, target: Callable[[], str], rollback: bool) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Prometheus metrics of the service, beside those that BentoML keeps itself; all on /metrics, prefix `ega_`.
 
-deploy/grafana/ega.json draws them. Gauges are of the worker that answers the scrape.
+deploy/grafana/ega.json draws them. The HTTP worker and the ranking process write theirs to the files that BentoML names; a scrape adds them up.
 """
 
 from __future__ import annotations

@@ -144,6 +144,7 @@ class Model:
         self._learned_allowed = learned_allowed
         self._currency_step, self._quality_floor = currency_step, quality_floor
         self._cities: Snapshots[Any] = Snapshots()
+        self._lock = threading.Lock()
 
     def prepare(self, ads: CityAds) -> None:
         from features.encoding import encode_ads
@@ -162,21 +163,22 @@ class Model:
             nothing = np.empty(0)
             return PricedPage(np.empty(0, np.int64), nothing, nothing, nothing, nothing, mode)
         encoded = _encoded(self._vocabulary, query.user or self._default_user, query)
-        page = self._engine.rank(
-            self._cities.of(ads.city_id, ads.members),
-            encoded["user_fields"][0],
-            encoded["context_fields"][0],
-            encoded["behaviours"][0],
-            np.array([query.latitude, query.longitude], np.float32),
-            np.where(query.eligible, query.bids, ads.bid),
-            query.reserves,
-            query.eligible,
-            min(query.slots, self._engine.slots),
-            mode,
-            bid_unit=_bid_unit(ads, query),
-            currency_step=self._currency_step,
-            quality_floor=self._quality_floor,
-        )
+        with self._lock:  # one page at a time: on two cores the other one is the rest of the service's, or it would be late in overload
+            page = self._engine.rank(
+                self._cities.of(ads.city_id, ads.members),
+                encoded["user_fields"][0],
+                encoded["context_fields"][0],
+                encoded["behaviours"][0],
+                np.array([query.latitude, query.longitude], np.float32),
+                np.where(query.eligible, query.bids, ads.bid),
+                query.reserves,
+                query.eligible,
+                min(query.slots, self._engine.slots),
+                mode,
+                bid_unit=_bid_unit(ads, query),
+                currency_step=self._currency_step,
+                quality_floor=self._quality_floor,
+            )
         rows = np.asarray(page.rows, np.int64)
         return PricedPage(
             rows=rows,

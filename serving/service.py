@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import json
 import logging
 import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import bentoml
+from pydantic import BaseModel
 from starlette.responses import Response
 
 from serving import metrics
-from serving.errors import QuietValidation, Refusal, error_body
-from serving.gate import DRAINING, Gate
+from serving.backend import CALLS, Backend, BackendError
+from serving.errors import QuietValidation, error_body
+from serving.gate import CHANGING, DRAINING, Gate
 from serving.logs import configure
 from serving.messages import EventsRequest, EventsResponse, RankRequest, RankResponse
-from serving.settings import STARTUP_ERROR_VARIABLE, ServingConfig, load_settings
-
-if TYPE_CHECKING:
-    from serving.admin import AdminServer
-    from serving.assembly import Assembled
+from serving.settings import STARTUP_ERROR_VARIABLE, load_settings
 
 _PR_SET_PDEATHSIG = 1
+_RESTART_SECONDS = 2.0
 
 logger = logging.getLogger("ega.serving")
 logging.getLogger("bentoml._internal.server.http_app").addFilter(QuietValidation())
@@ -40,7 +39,7 @@ def _json(status: int, body: bytes) -> Any:
 @bentoml.service(
     name="ranker",
     workers=1,
-    threads=2,
+    threads=CALLS,
     traffic={"timeout": 30},
     metrics={"enabled": True, "namespace": "ega"},
     logging={"access": {"enabled": False}},
@@ -49,12 +48,12 @@ class Ranker:
     """Ads for a page view, ranked by a set-aware model over the whole city and priced by an auction."""
 
     def __init__(self) -> None:
-        self._assembled: Assembled | None = None
-        self._admin: AdminServer | None = None
+        self._backend: Backend | None = None
+        self._ready = self._ending = False
 
     @bentoml.on_startup
     def start(self) -> None:
-        """Load and warm up beside the event loop, so that /livez answers meanwhile and /readyz says 503."""
+        """Start the ranking process beside the event loop, so that /livez answers meanwhile and /readyz says 503."""
         DRAINING.clear()
         metrics.forget_dead_workers()
         metrics.READY.set(0)
@@ -63,57 +62,57 @@ class Ranker:
         if threading.current_thread() is threading.main_thread():  # not under a test client
             _drain_on_sigterm(config.drain_seconds)
             _end_with_parent()
-        threading.Thread(target=self._load, args=(config,), name="load", daemon=True).start()
+        threading.Thread(target=self._keep_backend, name="backend", daemon=True).start()
 
-    def _load(self, config: ServingConfig) -> None:
-        from serving.assembly import assemble  # torch and Feast: seconds, and only the worker needs them
-
-        try:
-            assembled = assemble(config)
-            assembled.ranking.warm_up()
-            assembled.feed.start()
-            if config.admin_port and assembled.models is not None:
-                from serving.admin import AdminServer
-
-                self._admin = AdminServer(config, assembled.models)
-                self._admin.start()
-        except Exception as error:
-            logger.exception("the service cannot start and stays not ready")
-            if complaint := os.environ.get(STARTUP_ERROR_VARIABLE):
-                Path(complaint).write_text(str(error))
-            return
-        self._assembled = assembled
-        metrics.READY.set(1)
-        logger.info("ready")
+    def _keep_backend(self) -> None:
+        """One that cannot even start is not tried again: what it needs is missing, and who watches readiness sees it. One that dies later is replaced."""
+        served = False
+        while not self._ending:
+            self._backend = Backend()
+            try:
+                self._backend.wait_ready()
+            except BackendError as error:
+                if not served:
+                    if complaint := os.environ.get(STARTUP_ERROR_VARIABLE):
+                        Path(complaint).write_text(str(error))
+                    return
+                logger.error("the ranking process cannot start again yet: %s", error)
+                time.sleep(_RESTART_SECONDS)
+                continue
+            self._ready = served = True
+            metrics.READY.set(1)
+            logger.info("ready")
+            code = self._backend.watch(CHANGING)
+            self._ready = False
+            metrics.READY.set(0)
+            metrics.forget_dead_workers()
+            if not self._ending:
+                logger.error("the ranking process ended with exit code %d; another one is started", code)
 
     @bentoml.on_shutdown
     def end(self) -> None:
         """After the last request: what is in memory only ends in order."""
-        if self._admin is not None:
-            self._admin.stop()
-        if self._assembled is not None:
-            self._assembled.close()
+        self._ending = True
+        if self._backend is not None:
+            self._backend.close()
 
     async def __is_ready__(self) -> bool:
-        return self._assembled is not None and not DRAINING.is_set()
+        return self._ready and not DRAINING.is_set()
 
     @bentoml.api(route="/v1/rank")
     def rank(self, request: RankRequest, /) -> RankResponse:
         """A priced page of ads; it is in the event log before the answer is sent."""
-        return self._call(lambda ranking: ranking.rank(request))
+        return self._call("rank", request)
 
     @bentoml.api(route="/v1/events")
     def events(self, request: EventsRequest, /) -> EventsResponse:
         """What users did with ads and organic results shown; each event is counted once, however often it is sent."""
-        return self._call(lambda ranking: ranking.events(request).model_dump(mode="json", exclude_none=True))
+        return self._call("events", request)
 
-    def _call(self, work: Any) -> Any:
-        if self._assembled is None:
+    def _call(self, path: str, request: BaseModel) -> Any:
+        if not self._ready or self._backend is None:
             return _json(503, error_body("not_ready", "the service is warming up; try again"))
-        try:
-            return _json(200, json.dumps(work(self._assembled.ranking), allow_nan=False).encode())
-        except Refusal as refusal:
-            return _json(refusal.status, error_body(refusal.code, refusal.message, refusal.field))
+        return _json(*self._backend.call(path, request.model_dump_json(exclude_unset=True).encode()))
 
 
 def _drain_on_sigterm(seconds: float) -> None:

@@ -101,7 +101,7 @@ class ServingConfig:
     body_deadline_seconds: float = 2.0
     """Time a client has to send its body; beyond: 408."""
     admission_limit: int = 2
-    """Requests in the worker's threads at once; there are two of them."""
+    """Requests in work at once; there are two threads for them."""
     queue_ms: float = 100.0
     """Longest wait for admission that is expected of a request of a burst, milliseconds; beyond, and beyond one a slot: 429 with Retry-After."""
     queue_calm_ms: float = 400.0

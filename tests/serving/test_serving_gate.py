@@ -6,13 +6,11 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from serving import gate
 from serving.errors import translate
 from serving.gate import CHANGING, DRAINING, Admission, Gate
 from serving.settings import Arm, ServingConfig
@@ -359,30 +357,3 @@ def test_every_error_has_one_shape(status: int, body: bytes, expected: tuple) ->
     got, translated = translate(status, body)
     shape = error(translated)
     assert (got, shape["code"], shape["field"]) == expected and set(shape) == {"code", "message", "field"} and len(translated) < 500
-
-
-def test_refusals_in_overload_let_the_answers_have_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loop sleeps after some of them, never twice without working for as long in between."""
-    slept: list[float] = []
-    clock = Clock()
-    monkeypatch.setattr(gate, "time", SimpleNamespace(monotonic=clock, perf_counter=clock, sleep=lambda seconds: (slept.append(clock.now), setattr(clock, "now", clock.now + seconds))))
-
-    async def work() -> None:
-        done = asyncio.Event()
-
-        async def held(scope: Any, receive: Any, send: Any) -> None:
-            await done.wait()
-            await echo(scope, receive, send)
-
-        app = Gate(held, config(admission_limit=1, queue_ms=1.0))
-        taken = [asyncio.create_task(call(app)) for _ in range(2)]  # one a slot may wait
-        for _ in range(10):
-            await asyncio.sleep(0)
-        for _ in range(100):
-            clock.now += 0.001
-            assert (await call(app))[0] == 429
-        done.set()
-        assert [answer[0] for answer in await asyncio.gather(*taken)] == [200, 200]
-
-    run(work)
-    assert 8 <= len(slept) <= 20 and np.diff(slept).min() > 0.005

@@ -9,12 +9,14 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -431,6 +433,26 @@ def test_a_port_in_use_is_named(home: Path) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(StartError, match=str(port)), running_service(ServingConfig(home=home, arms=ARMS[:1]), port=port):
             pass
+
+
+def test_a_killed_ranking_process_is_replaced_while_the_service_stays_up(service: Running, client: httpx.Client, home: Path) -> None:
+    user = user_of(client, "ega")
+    page = post(client, BODY | {"user_id": user, "request_id": 99_001}).json()
+    family = psutil.Process(service.process.pid).children(recursive=True)
+    ranking = next(process for process in family if "serving.backend" in process.cmdline())
+    ranking.kill()
+    deadline, seen = time.monotonic() + 60, []
+    while True:
+        assert client.get("/livez").status_code == 200 and time.monotonic() < deadline
+        answer = post(client, BODY)
+        seen.append(answer.status_code)
+        if answer.status_code == 200:
+            break
+        assert (answer.status_code, answer.headers["retry-after"], answer.json()["error"]["code"]) == (503, "1", "not_ready")
+        time.sleep(0.1)
+    assert 503 in seen and "ended with exit code -9; another one is started" in (home / "service.log").read_text()
+    assert {process.pid for process in family if process.is_running() and process != ranking} == {process.pid for process in family} - {ranking.pid}
+    assert post(client, BODY | {"user_id": user, "request_id": 99_001}).json() == page  # what was answered is on record
 
 
 def test_sigterm_ends_the_service_cleanly(service: Running, client: httpx.Client, home: Path) -> None:

@@ -78,7 +78,7 @@ def post(url: str, path: str, body: dict[str, Any]) -> tuple[int, Any]:
 
 
 def worker_of(service: Running) -> psutil.Process:
-    """The process that answers: the largest child of the launcher."""
+    """The process that ranks: the largest below the launcher."""
     return max(psutil.Process(service.process.pid).children(recursive=True), key=lambda process: process.memory_info().rss)
 
 
@@ -203,9 +203,10 @@ def test_fifty_swaps_in_a_minute_at_half_load(own: Path, tmp_path: Path) -> None
 # -- kill -9 ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("whole", [False, True], ids=["worker", "service"])
-def test_kill_9_under_load_loses_no_answered_page(whole: bool, own: Path, tmp_path: Path) -> None:
-    """The worker alone comes back by itself; of the whole service nothing is left, and another one goes on with the log."""
+@pytest.mark.parametrize("who", ["ranking process", "worker", "service"])
+def test_kill_9_under_load_loses_no_answered_page(who: str, own: Path, tmp_path: Path) -> None:
+    """The ranking process and the HTTP worker come back by themselves; of the whole service nothing is left, and another one goes on with the log."""
+    whole = who == "service"
     config = settings_of(own, feature_deadline_ms=1_000.0)
     bodies = bodies_of(own, 200, np.random.default_rng(2))
     answers: list[Answer] = []
@@ -217,7 +218,8 @@ def test_kill_9_under_load_loses_no_answered_page(whole: bool, own: Path, tmp_pa
             if whole:
                 kill(service.process)
             else:
-                worker_of(service).kill()
+                ranking = worker_of(service)
+                (ranking if who == "ranking process" else ranking.parent()).kill()  # type: ignore[union-attr]
             answers += background.end()
             if not whole:
                 deadline = time.monotonic() + 120
@@ -230,7 +232,20 @@ def test_kill_9_under_load_loses_no_answered_page(whole: bool, own: Path, tmp_pa
     print({"statuses": dict(statuses)})
 
 
-def test_a_worker_ends_with_its_supervisor(own: Path, tmp_path: Path) -> None:
+def test_a_ranking_process_that_hangs_is_replaced(own: Path, tmp_path: Path) -> None:
+    """Its requests get a refusal before the framework gives them up, and the next ones pages."""
+    with running_service(settings_of(own), log=tmp_path / "log") as service:
+        hung = worker_of(service)
+        hung.suspend()
+        began = time.perf_counter()
+        assert post(service.url, "/v1/rank", BODY)[0] == 503 and time.perf_counter() - began < 30
+        while post(service.url, "/v1/rank", BODY)[0] != 200:
+            assert time.perf_counter() - began < 90
+            time.sleep(0.2)
+        assert not hung.is_running() and worker_of(service).pid != hung.pid
+
+
+def test_workers_end_with_their_supervisor(own: Path, tmp_path: Path) -> None:
     config = settings_of(own)
     with running_service(config, log=tmp_path / "log") as service:
         worker = worker_of(service)

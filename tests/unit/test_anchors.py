@@ -63,7 +63,7 @@ def test_no_training_batch_holds_a_held_out_item(monkeypatch: pytest.MonkeyPatch
     start = np.concatenate([[0], np.cumsum(lengths)])
     data = sequential.Interactions(np.arange(1, start[-1] + 1), start, int(start[-1]))
     held = {int(data.items[end - back]) for end, n in zip(start[1:], lengths, strict=True) if n >= 3 for back in (1, 2)}
-    settings = replace(sequential.Settings(), width=8, heads=2, length=6, tokens=5, negatives=4)
+    settings = replace(sequential.Settings(), width=8, heads=2, length=6, positions=5, negatives=4)
     original_loss = sequential.next_item_loss
     for model in sequential.MODELS.values():
         ranker, seen = model(data, settings), set()
@@ -109,16 +109,19 @@ def test_the_loss_on_all_items_is_the_softmax() -> None:
 
 def test_batches_hold_every_row_once_and_rows_of_like_length() -> None:
     length = np.random.default_rng(0).integers(0, 40, 500)
-    parts = list(sequential.batches_by_length(length, 200, np.random.default_rng(1)))
-    assert sorted(np.concatenate(parts).tolist()) == np.flatnonzero(length > 0).tolist()
-    padding = sum(length[part].max() * len(part) for part in parts) / length.sum()
-    assert padding < 1.2
+    for trained in (length, np.ones(500)):
+        parts = list(sequential.batches_by_length(length, trained, 200 if trained is length else 10, np.random.default_rng(1)))
+        assert sorted(np.concatenate(parts).tolist()) == np.flatnonzero(length > 0).tolist()
+        padding = sum(length[part].max() * len(part) for part in parts) / length.sum()
+        assert padding < 1.2
+        weight = [trained[part].sum() for part in parts]
+        assert max(weight) < 1.4 * np.median(weight)  # every training position counts alike
 
 
 @pytest.mark.parametrize("name", ["SASRec", "EGA-V1 encoder"])
 def test_models_learn_a_ring_and_popularity_does_not(ring: sequential.Interactions, name: str) -> None:
     settings = replace(
-        sequential.Settings(), width=16, blocks=1, length=6, dropout=0.0, tokens=128, negatives=64, epochs=10,
+        sequential.Settings(), width=16, blocks=1, length=6, dropout=0.0, positions=128, negatives=64, epochs=10,
         every=5, learning_rate=1e-2, validation_users=100,
     )  # fmt: skip
     users = np.flatnonzero(ring.length >= 3)
