@@ -386,5 +386,5 @@ SETTINGS = {
     "SASRec": Settings(epochs=48, patience=4),
     "EGA-V1 encoder": Settings(epochs=48, patience=4),
 }
-"""Sized for less than half an hour on two quiet cores."""
+"""Sized for about half an hour on two quiet cores."""
 QUICK = {name: replace(Settings(), width=8, blocks=1, length=10, epochs=1, validation_users=100, full_ranking_users=100) for name in MODELS}
