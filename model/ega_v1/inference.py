@@ -75,17 +75,19 @@ class _Recording:
 
         self._inputs = [x.shape for x in example]
         with _scratch.fresh(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of deprecation, and that Python numbers (all of them sizes) are taken for constants
-            self._graph = torch.jit.trace(flat, example, check_trace=False)
+            warnings.simplefilter("ignore")  # that Python numbers, all of them sizes, are taken for constants
+            # What torch.jit.trace does, but for keeping every recording, with the tensors in it, until the process ends.
+            graph, _ = torch._C._create_graph_by_tracing(flat, example, lambda value: "", True, False, None, [])
+            self._replay = torch._C._create_function_from_graph("recording", graph)
         for _ in range(2):  # torch rewrites it after the first, for as long as some requests take
-            self._graph(*example)
+            self._replay(*example)
 
     def fits(self, inputs: tuple[Tensor, ...]) -> bool:
         """Whether it was recorded for inputs of these shapes."""
         return [x.shape for x in inputs] == self._inputs
 
     def __call__(self, *inputs: Tensor) -> Any:
-        return _unflatten(self._shape, iter(self._graph(*inputs)))
+        return _unflatten(self._shape, iter(self._replay(*inputs)))
 
 
 def _flatten(value: Any, leaves: list[Tensor]) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
@@ -136,6 +138,17 @@ def test_a_recorded_pass_gives_the_same_bits(change: dict[str, Any], dtype: Lite
             replayed = whole.encode(recorded, *asked)
             ours = [getattr(replayed, name) for name in ("h", "user", "click", "affinity", "slopes")] + ([] if replayed.again is None else [replayed.again(rows).h])
             assert len(kept) == len(ours) and all(torch.equal(a, b) for a, b in zip(kept, ours, strict=True))
+
+
+@torch.inference_mode()
+def test_a_recording_that_nobody_needs_any_more_frees_its_tensors(one_thread: None) -> None:
+    """A service that changes models or ads every minute must not grow."""
+    batch, whole = random_batch(1, 700, behaviours=6, padded=False), WholeCity(tiny_network(), Execution(dtype="float32"))
+    city = whole.record(whole.prepare(batch.ad_fields, batch.ad_place), 6)
+    states = weakref.ref(city.states)
+    del city
+    gc.collect()
+    assert states() is None
 
 
 def test_recorded_passes_of_two_cities_share_no_buffers(one_thread: None) -> None:
