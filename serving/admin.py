@@ -96,7 +96,7 @@ def _refusal(status: int, code: str, message: str) -> Response:
 
 
 class AdminServer:
-    """The admin port, on a thread of the worker."""
+    """The admin port, on a thread of the ranking process."""
 
     def __init__(self, config: ServingConfig, models: LiveModels) -> None:
         """Listens at once. Raises SettingsError for an open address without a token, OSError where the port is taken."""

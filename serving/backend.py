@@ -6,10 +6,13 @@ page would take that turn from the pages. What crosses is what crosses HTTP, JSO
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -36,12 +39,15 @@ logger = logging.getLogger("ega.serving")
 
 CALLS = 2
 """Requests in work at once."""
-_PATIENCE_SECONDS = 25.0
+_LOAD_SECONDS = 600
+"""To load and warm up; beyond, it is stuck."""
+_PATIENCE_SECONDS = 25
 """A call that takes longer is stuck: less than the framework's own timeout, so that the process is replaced before the caller is told."""
-_END_SECONDS = 10.0
+_END_SECONDS = 6.0
 """To finish and close what is open, when told to end."""
 _PORT_SECONDS = 10.0
 """To wait for the admin port: a predecessor that was killed may be about to let go of it."""
+_PR_SET_PDEATHSIG = 1
 _READY, _FAILED, _CHANGING, _CHANGED = b"ready", b"failed:", b"changing", b"changed"
 
 
@@ -63,17 +69,23 @@ class Backend:
         self._control = pairs[0][0]
         self._free: LifoQueue[Connection] = LifoQueue()
         for here, _ in pairs[1:]:
+            with socket.socket(fileno=os.dup(here.fileno())) as side:  # also a full buffer is no reason to wait for ever
+                for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+                    side.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", _PATIENCE_SECONDS, 0))
             self._free.put(here)
 
     def wait_ready(self) -> None:
         """Until it has loaded and warmed up everything. Raises BackendError."""
-        try:
-            said = self._control.recv_bytes()
-        except (EOFError, OSError):
-            said = _FAILED + f"it ended with exit code {self._process.wait()}; its output says why".encode()
-        if said != _READY:
-            self._process.wait()
-            raise BackendError(said.removeprefix(_FAILED).decode())
+        said, deadline = b"", time.monotonic() + _LOAD_SECONDS
+        while said != _READY:
+            try:
+                said = self._control.recv_bytes() if self._control.poll(max(0.0, deadline - time.monotonic())) else _FAILED + b"it did not become ready within %d s" % _LOAD_SECONDS
+            except (EOFError, OSError):
+                said = _FAILED + f"it ended with exit code {self._process.wait()}; its output says why".encode()
+            if said.startswith(_FAILED):
+                self._process.kill()
+                self._process.wait()
+                raise BackendError(said.removeprefix(_FAILED).decode())
 
     def watch(self, changing: threading.Event) -> int:
         """Until it ends; the exit code. `changing` is set while its models change."""
@@ -91,22 +103,23 @@ class Backend:
         connection = self._free.get()
         try:
             connection.send_bytes(path.encode() + b"\n" + body)
-            if connection.poll(_PATIENCE_SECONDS):
-                answer = connection.recv_bytes()
-                return int(answer[:3]), answer[3:]
-            logger.error("no answer within %g s; the ranking process is stuck and will be replaced", _PATIENCE_SECONDS)
-            self._process.kill()
-        except (EOFError, OSError):
-            pass  # it ended; `watch` says so
+            answer = connection.recv_bytes()
+            return int(answer[:3]), answer[3:]
+        except (EOFError, OSError) as error:
+            if isinstance(error, BlockingIOError):
+                logger.error("no answer within %g s; the ranking process is stuck and will be replaced", _PATIENCE_SECONDS)
+                self._process.kill()
+            connection.close()  # an answer that comes after all must not be the next caller's; otherwise the process ended, and `watch` says so
+            return 503, error_body("not_ready", "the service is starting again; try again")
         finally:
             self._free.put(connection)
-        return 503, error_body("not_ready", "the service is starting again; try again")
 
     def close(self) -> None:
         """Let it end in order, no call may be in work; kill it where it does not."""
-        with suppress(OSError, Empty):
+        with suppress(Empty):
             for _ in range(CALLS):
-                self._free.get(timeout=_END_SECONDS).close()
+                self._free.get(timeout=_END_SECONDS / CALLS).close()
+        with suppress(OSError):
             self._control.send_bytes(b"end")
         try:
             self._process.wait(_END_SECONDS)
@@ -116,6 +129,12 @@ class Backend:
             self._process.wait()
 
 
+def end_with_parent(number: int) -> None:
+    """Ask Linux for a signal when the process that started this one dies."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+
+
 # -- the other side ---------------------------------------------------------------------------------------------------
 
 
@@ -123,13 +142,15 @@ def main(control: Connection, calls: list[Connection]) -> None:
     """Load, say so, and answer until told to end or until the HTTP worker is gone."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # sent to the whole group; the worker says when
+    end_with_parent(signal.SIGKILL)  # an orphan would hold the admin port that its successor needs; what it answered is on record
     config = load_settings()
     configure(config.log_format)
     try:
         assembled, admin = _start(config, control)
     except Exception as error:
         logger.exception("the service cannot start and stays not ready")
-        control.send_bytes(_FAILED + str(error).encode())
+        with suppress(OSError):
+            control.send_bytes(_FAILED + str(error).encode())
         os._exit(1)  # threads of what did start would keep it here
     threads = [threading.Thread(target=_serve, args=(call, assembled.ranking), name="calls", daemon=True) for call in calls]
     for thread in threads:

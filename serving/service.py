@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -18,14 +16,13 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from serving import metrics
-from serving.backend import CALLS, Backend, BackendError
+from serving.backend import CALLS, Backend, BackendError, end_with_parent
 from serving.errors import QuietValidation, error_body
 from serving.gate import CHANGING, DRAINING, Gate
 from serving.logs import configure
 from serving.messages import EventsRequest, EventsResponse, RankRequest, RankResponse
 from serving.settings import STARTUP_ERROR_VARIABLE, load_settings
 
-_PR_SET_PDEATHSIG = 1
 _RESTART_SECONDS = 2.0
 
 logger = logging.getLogger("ega.serving")
@@ -61,33 +58,33 @@ class Ranker:
         configure(config.log_format)
         if threading.current_thread() is threading.main_thread():  # not under a test client
             _drain_on_sigterm(config.drain_seconds)
-            _end_with_parent()
+            end_with_parent(signal.SIGTERM)  # when the supervisor dies: a worker that outlives it would hold the ports that its successor needs
         threading.Thread(target=self._keep_backend, name="backend", daemon=True).start()
 
     def _keep_backend(self) -> None:
         """One that cannot even start is not tried again: what it needs is missing, and who watches readiness sees it. One that dies later is replaced."""
         served = False
         while not self._ending:
-            self._backend = Backend()
             try:
+                self._backend = Backend()
                 self._backend.wait_ready()
-            except BackendError as error:
+                self._ready = served = True
+                metrics.READY.set(1)
+                logger.info("ready")
+                code = self._backend.watch(CHANGING)
+                if not self._ending:
+                    logger.error("the ranking process ended with exit code %d; another one is started", code)
+            except (BackendError, OSError) as error:  # OSError: no descriptors or processes left
                 if not served:
                     if complaint := os.environ.get(STARTUP_ERROR_VARIABLE):
                         Path(complaint).write_text(str(error))
                     return
                 logger.error("the ranking process cannot start again yet: %s", error)
                 time.sleep(_RESTART_SECONDS)
-                continue
-            self._ready = served = True
-            metrics.READY.set(1)
-            logger.info("ready")
-            code = self._backend.watch(CHANGING)
-            self._ready = False
-            metrics.READY.set(0)
+            finally:
+                self._ready = False
+                metrics.READY.set(0)
             metrics.forget_dead_workers()
-            if not self._ending:
-                logger.error("the ranking process ended with exit code %d; another one is started", code)
 
     @bentoml.on_shutdown
     def end(self) -> None:
@@ -130,12 +127,6 @@ def _drain_on_sigterm(seconds: float) -> None:
         loop.call_soon_threadsafe(loop.call_later, seconds, stop, number, None)
 
     signal.signal(signal.SIGTERM, drain)
-
-
-def _end_with_parent() -> None:
-    """Ask Linux for a SIGTERM when the supervisor dies: a worker that outlives it would hold the ports that its successor needs."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class _Gated(type(Ranker)):  # type: ignore[misc]

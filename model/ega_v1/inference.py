@@ -517,7 +517,7 @@ class WholeCity:
     def record(self, city: CityCache, behaviours: int) -> CityCache:
         """The same city with a recording of a request's pass over it, for histories of this length; as it is where a pass is shared among threads, runs
         on a GPU, or depends on the history (`_without_padding`). Needs no lock, as `prepare`."""
-        if not self._swept or self._pool is not None or self.device.type != "cpu" or not 0 < behaviours <= self.network.config.exact_behaviours:
+        if not self._swept or self._pool is not None or self.device.type != "cpu" or not 0 < behaviours < self.network.config.exact_behaviours:  # the context is a token too
             return city
         widths = (len(schema.USER_FIELDS),), (len(schema.CONTEXT_FIELDS),), (behaviours, len(schema.BEHAVIOUR_FIELDS))
         example = (*(torch.full((1, *width), schema.FIRST_CODE) for width in widths), torch.zeros(1, 2))

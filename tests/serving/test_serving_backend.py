@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
-from multiprocessing.connection import Pipe
+from contextlib import suppress
+from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
 import pytest
 
-from serving.backend import _answer, _serve
+from serving import backend
+from serving.backend import Backend, _answer, _serve
 from serving.errors import Refusal
 from serving.messages import EventsRequest, EventsResponse, RankRequest
 
@@ -35,6 +38,45 @@ def test_answers_refusals_and_failures_have_a_status(caplog: pytest.LogCaptureFi
     assert _answer(refuse, b"").startswith(b'422{"error": {"code": "unknown_city"')
     assert _answer(lambda body: 1 / 0, b"").startswith(b'500{"error": {"code": "internal_error"') and "ZeroDivisionError" in caplog.text
     assert _answer(lambda body: float("nan"), b"").startswith(b"500")  # no JSON
+
+
+class Process:
+    """As far as a Backend knows one."""
+
+    killed = False
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+def backend_of(monkeypatch: pytest.MonkeyPatch, patience: int = 1) -> tuple[Backend, list[Connection]]:
+    """A Backend and the other ends of its connections, without a process between them."""
+    there: list[Connection] = []
+
+    def popen(command: list[str], pass_fds: list[int], **_: Any) -> Process:
+        there.extend(Connection(os.dup(number)) for number in pass_fds)
+        return Process()
+
+    monkeypatch.setattr(backend, "_PATIENCE_SECONDS", patience)
+    monkeypatch.setattr(backend.subprocess, "Popen", popen)
+    return Backend(), there
+
+
+@pytest.mark.parametrize("size", [10, 1_000_000])
+def test_who_gets_no_answer_gets_503_and_nobody_gets_it_later(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, there = backend_of(monkeypatch)
+    assert ours.call("rank", b"x" * size)[0] == 503 and ours._process.killed  # type: ignore[attr-defined]
+    for side in there[1:]:
+        with suppress(OSError):
+            side.send_bytes(b"200the page of the first")
+    assert [ours.call("rank", b"y")[0] for _ in range(3)] == [503] * 3
+
+
+def test_a_change_of_models_before_it_is_ready_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, there = backend_of(monkeypatch)
+    for said in (b"changing", b"changed", b"ready"):
+        there[0].send_bytes(said)
+    ours.wait_ready()
 
 
 def test_a_connection_is_served_until_it_is_closed() -> None:

@@ -232,13 +232,14 @@ def test_kill_9_under_load_loses_no_answered_page(who: str, own: Path, tmp_path:
     print({"statuses": dict(statuses)})
 
 
-def test_a_ranking_process_that_hangs_is_replaced(own: Path, tmp_path: Path) -> None:
-    """Its requests get a refusal before the framework gives them up, and the next ones pages."""
+@pytest.mark.parametrize("candidates", [1, 80_000])
+def test_a_ranking_process_that_hangs_is_replaced(candidates: int, own: Path, tmp_path: Path) -> None:
+    """Its requests get a refusal before the framework gives them up, and the next ones pages; also where a body does not fit into the buffer on the way."""
     with running_service(settings_of(own), log=tmp_path / "log") as service:
         hung = worker_of(service)
         hung.suspend()
         began = time.perf_counter()
-        assert post(service.url, "/v1/rank", BODY)[0] == 503 and time.perf_counter() - began < 30
+        assert post(service.url, "/v1/rank", BODY | {"candidates": list(range(1000, 1000 + candidates))})[0] == 503 and time.perf_counter() - began < 30
         while post(service.url, "/v1/rank", BODY)[0] != 200:
             assert time.perf_counter() - began < 90
             time.sleep(0.2)

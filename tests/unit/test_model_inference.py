@@ -121,8 +121,10 @@ def test_a_recorded_pass_gives_the_same_bits(change: dict[str, Any], dtype: Lite
     batches = [random_batch(1, 700, behaviours=6, seed=seed, padded=False) for seed in range(3)]
     city = whole.prepare(batches[0].ad_fields, batches[0].ad_place)
     recorded = whole.record(city, 6)
-    assert whole.record(city, 6_000) is city
-    if change.get("exact_behaviours") == 0:  # what is read of a history depends on its padding
+    exact = whole.network.config.exact_behaviours
+    assert whole.record(city, 6_000) is city and whole.record(city, exact) is city
+    assert exact == 0 or whole.record(city, exact - 1) is not city
+    if exact == 0:  # what is read of a history depends on its padding
         assert recorded is city
         return
     assert recorded.recording is not None
