@@ -43,6 +43,8 @@ _LOAD_SECONDS = 600
 """To load and warm up; beyond, it is stuck."""
 _PATIENCE_SECONDS = 25
 """A call that takes longer is stuck: less than the framework's own timeout, so that the process is replaced before the caller is told."""
+_SEND_SECONDS = 5
+"""To take a part of a request; a process that reads nothing is stuck, and two parts are tried."""
 _END_SECONDS = 6.0
 """To finish and close what is open, when told to end."""
 _PORT_SECONDS = 10.0
@@ -70,8 +72,8 @@ class Backend:
         self._free: LifoQueue[Connection] = LifoQueue()
         for here, _ in pairs[1:]:
             with socket.socket(fileno=os.dup(here.fileno())) as side:  # also a full buffer is no reason to wait for ever
-                for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
-                    side.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", _PATIENCE_SECONDS, 0))
+                for option, seconds in ((socket.SO_SNDTIMEO, _SEND_SECONDS), (socket.SO_RCVTIMEO, _PATIENCE_SECONDS)):
+                    side.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", seconds, 0))
             self._free.put(here)
 
     def wait_ready(self) -> None:

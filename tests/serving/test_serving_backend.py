@@ -58,6 +58,7 @@ def backend_of(monkeypatch: pytest.MonkeyPatch, patience: int = 1) -> tuple[Back
         return Process()
 
     monkeypatch.setattr(backend, "_PATIENCE_SECONDS", patience)
+    monkeypatch.setattr(backend, "_SEND_SECONDS", patience)
     monkeypatch.setattr(backend.subprocess, "Popen", popen)
     return Backend(), there
 
