@@ -88,12 +88,14 @@ def say(text: str) -> None:
 @contextmanager
 def market(path: Path, seed: int, data: Path | None, change: Callable[[RunConfig], RunConfig] | None = None) -> Iterator[Market]:
     """World, logs, feature store and samples of one seed, in a folder that goes when the work is done; `change` turns a knob first."""
+    from benchmarks.anchors import find_data
     from features.build import build_features
     from features.sampling import sample_requests
     from marketplace.worlds import build_world
     from model.training.data import Samples
     from pipelines.config import load_run_config
 
+    data = None if data is None else find_data(path.stem, data)
     config = load_run_config(path, seed=seed)
     config = config if change is None else change(config)
     if config.world is None:
