@@ -54,7 +54,11 @@ _READY, _FAILED, _CHANGING, _CHANGED = b"ready", b"failed:", b"changing", b"chan
 
 
 class BackendError(RuntimeError):
-    """The ranking process did not become ready; the text says why."""
+    """The ranking process could not load what it needs, and could not another time; the text says why."""
+
+
+class BackendLost(RuntimeError):
+    """The ranking process ended, or did not end loading, and did not say why: another one may come further."""
 
 
 class Backend:
@@ -77,16 +81,17 @@ class Backend:
             self._free.put(here)
 
     def wait_ready(self) -> None:
-        """Until it has loaded and warmed up everything. Raises BackendError."""
+        """Until it has loaded and warmed up everything. Raises BackendError, BackendLost."""
         said, deadline = b"", time.monotonic() + _LOAD_SECONDS
         while said != _READY:
             try:
-                said = self._control.recv_bytes() if self._control.poll(max(0.0, deadline - time.monotonic())) else _FAILED + b"it did not become ready within %d s" % _LOAD_SECONDS
+                if not self._control.poll(max(0.0, deadline - time.monotonic())):
+                    self._process.kill()
+                    raise BackendLost(f"it did not become ready within {_LOAD_SECONDS} s")
+                said = self._control.recv_bytes()
             except (EOFError, OSError):
-                said = _FAILED + f"it ended with exit code {self._process.wait()}; its output says why".encode()
+                raise BackendLost(f"it ended with exit code {self._process.wait()} while it loaded") from None
             if said.startswith(_FAILED):
-                self._process.kill()
-                self._process.wait()
                 raise BackendError(said.removeprefix(_FAILED).decode())
 
     def watch(self, changing: threading.Event) -> int:

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from serving import metrics
-from serving.backend import CALLS, Backend, BackendError, end_with_parent
+from serving.backend import CALLS, Backend, BackendError, BackendLost, end_with_parent
 from serving.errors import QuietValidation, error_body
 from serving.gate import CHANGING, DRAINING, Gate
 from serving.logs import configure
@@ -62,7 +62,7 @@ class Ranker:
         threading.Thread(target=self._keep_backend, name="backend", daemon=True).start()
 
     def _keep_backend(self) -> None:
-        """One that cannot even start is not tried again: what it needs is missing, and who watches readiness sees it. One that dies later is replaced."""
+        """One that dies is replaced. Where the first says that something it needs is missing, no other is tried: who watches readiness sees it."""
         served = False
         while not self._ending:
             try:
@@ -74,12 +74,12 @@ class Ranker:
                 code = self._backend.watch(CHANGING)
                 if not self._ending:
                     logger.error("the ranking process ended with exit code %d; another one is started", code)
-            except (BackendError, OSError) as error:  # OSError: no descriptors or processes left
-                if not served:
+            except (BackendError, BackendLost, OSError) as error:  # OSError: no descriptors or processes left
+                if isinstance(error, BackendError) and not served:
                     if complaint := os.environ.get(STARTUP_ERROR_VARIABLE):
                         Path(complaint).write_text(str(error))
                     return
-                logger.error("the ranking process cannot start again yet: %s", error)
+                logger.error("the ranking process could not start and is tried again: %s", error)
                 time.sleep(_RESTART_SECONDS)
             finally:
                 self._ready = False

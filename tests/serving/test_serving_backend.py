@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from serving import backend
-from serving.backend import Backend, _answer, _serve
+from serving.backend import Backend, BackendError, BackendLost, _answer, _serve
 from serving.errors import Refusal
 from serving.messages import EventsRequest, EventsResponse, RankRequest
 
@@ -48,6 +48,9 @@ class Process:
     def kill(self) -> None:
         self.killed = True
 
+    def wait(self) -> int:
+        return -9
+
 
 def backend_of(monkeypatch: pytest.MonkeyPatch, patience: int = 1) -> tuple[Backend, list[Connection]]:
     """A Backend and the other ends of its connections, without a process between them."""
@@ -78,6 +81,17 @@ def test_a_change_of_models_before_it_is_ready_is_no_failure(monkeypatch: pytest
     for said in (b"changing", b"changed", b"ready"):
         there[0].send_bytes(said)
     ours.wait_ready()
+
+
+def test_what_is_missing_is_said_and_who_dies_while_loading_may_be_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, there = backend_of(monkeypatch)
+    there[0].send_bytes(b"failed:no approved model")
+    with pytest.raises(BackendError, match="^no approved model$"):
+        ours.wait_ready()
+    ours, there = backend_of(monkeypatch)
+    there[0].close()
+    with pytest.raises(BackendLost, match="exit code -9"):
+        ours.wait_ready()
 
 
 def test_a_connection_is_served_until_it_is_closed() -> None:

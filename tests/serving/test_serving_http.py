@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from hypothesis import strategies as st
 from serving_world import BODY, catalogue, served_home
 
 from auction.receipt import difference
+from benchmarks.load import copy_of_home
 from serving.event_log import read_impressions, read_organic, read_receipts, read_requests, read_service_facts
 from serving.launch import Running, StartError, running_service
 from serving.openapi import FILE, rendered, specification
-from serving.settings import Arm, ServingConfig
+from serving.settings import SETTINGS_VARIABLE, Arm, ServingConfig
 from serving.store import live_model
 
 pytestmark = pytest.mark.xdist_group("serving_http")
@@ -419,6 +421,25 @@ def test_a_locked_event_log_is_a_503_and_no_answer(client: httpx.Client, home: P
 
 
 # -- start and stop ---------------------------------------------------------------------------------------------------
+
+
+def test_a_ranking_process_killed_while_it_first_loads_is_replaced(home: Path, tmp_path: Path) -> None:
+    own = copy_of_home(home, tmp_path)
+
+    def kill_one() -> None:
+        while True:
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    if "serving.backend" in process.cmdline() and process.environ()[SETTINGS_VARIABLE].startswith(str(own)):
+                        process.kill()
+                        return
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=kill_one, daemon=True)
+    thread.start()
+    with running_service(ServingConfig(home=own, arms=ARMS[:1]), log=tmp_path / "log") as service, httpx.Client(base_url=service.url, trust_env=False) as client:
+        assert post(client, BODY).status_code == 200
+    assert not thread.is_alive() and "while it loaded" in (tmp_path / "log").read_text()
 
 
 def test_a_home_without_features_says_what_to_do(tmp_path: Path) -> None:
