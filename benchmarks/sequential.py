@@ -356,13 +356,13 @@ def sequential(data: Path, seed: int = 0, quick: bool = False) -> dict[str, Any]
     if not len(users):
         raise ValueError(f"{data}: no user has three items or more; the last two are held out")
     negatives = draw_negatives(interactions, users, rng)
-    asked = np.sort(rng.choice(len(users), min(settings["SASRec"].full_ranking_users, len(users)), replace=False))
+    asked = np.sort(rng.choice(len(users), min(settings.full_ranking_users, len(users)), replace=False))
     found, trained, rows = {}, {}, []
     for name, model in {"popularity": Popularity, **MODELS}.items():
         torch.manual_seed(seed)
-        ranker = model(interactions, settings.get(name, settings["SASRec"]))
+        ranker = model(interactions, settings)
         if name in MODELS:
-            trained[name] = fit(ranker, interactions, ranker.settings, seed)
+            trained[name] = fit(ranker, interactions, settings, seed)
             trained[name]["parameters"] = sum(parameter.numel() for parameter in ranker.network.parameters())
         found[name] = (*gains(sampled_ranks(ranker, interactions, users, 1, negatives)), *gains(full_ranks(ranker, interactions, users[asked], 1)))
     for name, values in found.items():
@@ -377,14 +377,11 @@ def sequential(data: Path, seed: int = 0, quick: bool = False) -> dict[str, Any]
     return {
         "users": interactions.users, "items": interactions.count, "interactions": len(interactions.items), "tested_users": len(users), "full_ranking_users": len(asked),
         "seed": seed, "figures": {name: {label: float(x.mean()) for label, x in zip(MEASURES, values, strict=True)} for name, values in found.items()},
-        "training": trained, "config": {name: asdict(value) for name, value in settings.items()}, "table": rows,
+        "training": trained, "config": asdict(settings), "table": rows,
     }  # fmt: skip
 
 
 MEASURES = ("HR@10 of 101", "NDCG@10 of 101", "HR@10 of all", "NDCG@10 of all")
-SETTINGS = {
-    "SASRec": Settings(epochs=48, patience=4),
-    "EGA-V1 encoder": Settings(epochs=48, patience=4),
-}
-"""Sized for about half an hour on two quiet cores."""
-QUICK = {name: replace(Settings(), width=8, blocks=1, length=10, epochs=1, validation_users=100, full_ranking_users=100) for name in MODELS}
+SETTINGS = Settings(epochs=48, patience=4)
+"""Of both models. Sized for about half an hour on two quiet cores."""
+QUICK = replace(Settings(), width=8, blocks=1, length=10, epochs=1, validation_users=100, full_ranking_users=100)

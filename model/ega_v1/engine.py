@@ -82,14 +82,14 @@ class RankingEngine:
 
     def prepare_city(self, ad_ids: np.ndarray, ad_fields: np.ndarray, ad_place: np.ndarray, behaviours: int = 0) -> CityState:
         """States of a city's active ads: int64 [N], int32 [N, F_ad], float32 [N, 2]. Recompute when ads come or go; bids do not matter.
-        `behaviours`: L of the requests to come, where it is worth some tenths of a second now to save a part of every one of them (`WholeCity.record`)."""
+        `behaviours`: L of the requests to come (0: not known), where it is worth some tenths of a second now to save a part of every one of them (`WholeCity.record`)."""
         if len(ad_ids) == 0:
             raise ValueError("a city needs at least one ad")
         fields = torch.from_numpy(np.ascontiguousarray(ad_fields)).long().unsqueeze(0)
         place = torch.from_numpy(np.ascontiguousarray(ad_place, np.float32)).unsqueeze(0)
         ids = np.asarray(ad_ids, np.int64)
-        cache = self._whole_city.prepare(fields, place)
-        return CityState(ids, self._whole_city.record(cache, behaviours) if behaviours else cache, tie_keys(ids, self.tie_salt))
+        cache = self._whole_city.record(self._whole_city.prepare(fields, place), behaviours)
+        return CityState(ids, cache, tie_keys(ids, self.tie_salt))
 
     @torch.inference_mode()
     def rank(
