@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from benchmarks.tables import ROOT, Market, market, mean_and_deviation, pooled, provenance, say, seed_by_seed, seeds_of
+from benchmarks.tables import ROOT, Market, market, mean_and_deviation, pooled, provenance, say, seeds_of, side_by_side
 
 if TYPE_CHECKING:
     from pipelines.config import RunConfig
@@ -107,29 +108,31 @@ def policies(place: Market, psi: dict[str, float], sweep: bool) -> Iterator[pd.D
         yield priced(generated(data, some, rules=("gsp",), alpha=alpha, beta=beta), f"alpha {alpha:g}, beta {beta:g}", "gsp")
 
 
+def _policies_of_seed(path: Path, quick: bool, sweep: bool, seed: int) -> dict[str, Any]:
+    """One seed of the table."""
+    from marketplace.truth import paired_lift
+
+    psi: dict[str, float] = {}
+    with market(path, seed, None, _tiny if quick else None) as place:
+        scored = place.truth(pd.concat(policies(place, psi, sweep), ignore_index=True))
+    means = scored.groupby("policy")[["clicks", "revenue", "bid_welfare", "organic_clicks"]].mean()
+    rows = {str(policy): {str(name): float(value) for name, value in row.items()} for policy, row in means.iterrows()}
+    lifts = {}
+    for policy in ROWS:
+        if policy not in ("ega_v2", "learned"):
+            lifts[policy] = {"GSP": paired_lift(scored, policy, "ega_v2"), "bid * clicks": paired_lift(scored, policy, "ega_v2", "bid_welfare")}
+            if policy != "logged":
+                lifts[policy]["truthful prices"] = paired_lift(scored, policy + TRUTHFUL, "ega_v2" + TRUTHFUL)
+    return {"rows": rows, "lifts": lifts, "psi": psi}
+
+
 def v2(config: Path | None = None, seeds: int = 5, quick: bool = False, keep: Path | None = None) -> dict[str, Any]:
     """EGA (V2), GR, MCA and EGA-V1 with ablations, with GSP and at truthful prices: true clicks, revenue and welfare, and what organic results lose."""
-    from marketplace.truth import paired_lift
     from pipelines.config import load_run_config
 
     path = config or DEFAULT
     markets = seeds_of(load_run_config(path).seed, 1 if quick else seeds)
-
-    def one(seed: int) -> dict[str, Any]:
-        psi: dict[str, float] = {}
-        with market(path, seed, None, _tiny if quick else None) as place:
-            scored = place.truth(pd.concat(policies(place, psi, seed == markets[0]), ignore_index=True))
-        means = scored.groupby("policy")[["clicks", "revenue", "bid_welfare", "organic_clicks"]].mean()
-        rows = {str(policy): {str(name): float(value) for name, value in row.items()} for policy, row in means.iterrows()}
-        lifts = {}
-        for policy in ROWS:
-            if policy not in ("ega_v2", "learned"):
-                lifts[policy] = {"GSP": paired_lift(scored, policy, "ega_v2"), "bid * clicks": paired_lift(scored, policy, "ega_v2", "bid_welfare")}
-                if policy != "logged":
-                    lifts[policy]["truthful prices"] = paired_lift(scored, policy + TRUTHFUL, "ega_v2" + TRUTHFUL)
-        return {"rows": rows, "lifts": lifts, "psi": psi}
-
-    seeds_found, minutes = seed_by_seed(path, markets, keep, one)
+    seeds_found, minutes = side_by_side(path, {f"seed {seed}": partial(_policies_of_seed, path, quick, seed == markets[0], seed) for seed in markets}, keep)
     per_seed, lifts, regrets = ([each[name] for each in seeds_found] for name in ("rows", "lifts", "psi"))
     summary = {policy: mean_and_deviation([found[policy] for found in per_seed]) for policy in per_seed[0] if not policy.startswith("alpha")}
     nothing = {"revenue": {"mean": float("nan")}}

@@ -63,12 +63,27 @@ def write_results(folder: Path, out: Path) -> int:
     return len(files)
 
 
-def orders(differences: dict[str, dict[str, Any]] | None) -> str:
-    """In words, which paired differences (by name, or by name and measure) have 95 % intervals above zero, below it, or on both sides; empty where there are none such."""
+def drawing(result: dict[str, Any]) -> str | None:
+    """What a result has to show as SVG: its course, else its paired differences with their intervals, else nothing."""
+    from model.evaluation.plots import intervals_svg, lines_svg
+
+    if "series" in result:
+        return lines_svg(result["series"], *result["axes"])
+    entries = {name: tuple(100 * entry[key] for key in ("lift", "low", "high")) for name, entry in _with_intervals(result.get("differences")).items()}
+    return intervals_svg(entries, "difference, %, with 95 % intervals (Recall and AUC: points x 100)") if entries else None
+
+
+def _with_intervals(differences: dict[str, dict[str, Any]] | None) -> dict[str, dict[str, float]]:
+    """Paired differences by name, or by name and measure, that have an interval."""
     flat = {}
     for name, value in (differences or {}).items():
         flat |= {name: value} if "low" in value else {f"{name}, {part}": inner for part, inner in value.items() if isinstance(inner, dict)}
-    entries = {name: value for name, value in flat.items() if {"low", "high"} <= set(value) and None not in (value["low"], value["high"])}
+    return {name: value for name, value in flat.items() if all(isinstance(value.get(key), float) and math.isfinite(value[key]) for key in ("low", "high"))}
+
+
+def orders(differences: dict[str, dict[str, Any]] | None) -> str:
+    """In words, which paired differences have 95 % intervals above zero, below it, or on both sides; empty where there are none such."""
+    entries = _with_intervals(differences)
     sides = {
         "above zero": [name for name, value in entries.items() if value["low"] > 0], "below zero": [name for name, value in entries.items() if value["high"] < 0],
         "no difference shown": [name for name, value in entries.items() if value["low"] <= 0 <= value["high"]],

@@ -7,14 +7,18 @@ Per request, as the paper counts offline: eCTR sums click probabilities over the
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,12 +120,13 @@ def provenance(path: Path, seeds: list[int], minutes: float) -> dict[str, Any]:
 
     import torch
 
+    from pipelines.config import load_run_config
     from pipelines.version import code_version
 
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()  # noqa: S607
     return {
         "config": path.name, "seeds": seeds, "git_commit": commit or None, "code_version": code_version(), "python": platform.python_version(),
-        "torch": torch.__version__, "numpy": np.__version__, "threads": torch.get_num_threads(), "minutes": minutes,
+        "torch": torch.__version__, "numpy": np.__version__, "threads": load_run_config(path).training.threads, "processors": os.cpu_count(), "minutes": minutes,
     }  # fmt: skip
 
 
@@ -130,28 +135,63 @@ def seeds_of(first: int, count: int) -> list[int]:
     return list(range(first, first + count))
 
 
-def seed_by_seed(path: Path, markets: list[int], keep: Path | None, work: Callable[[int], dict[str, Any]]) -> tuple[list[dict[str, Any]], float]:
-    """What `work` gives for every seed, and the minutes that it took. In the folder `keep` each seed is written down as it ends, so that a stopped table goes on where it was: seeds
-    of the same configuration and code are taken from there."""
+def side_by_side(path: Path, tasks: dict[str, Callable[[], dict[str, Any]]], keep: Path | None) -> tuple[list[dict[str, Any]], float]:
+    """What every task gives, in their order, and the minutes that all took. As many run at a time, each in a process of its own, as the processors hold at
+    the configuration's threads: what is trained does not depend on it. In the folder `keep` each is written down as it ends, so that a stopped table goes
+    on where it was: what the same configuration and code gave is taken from there. A task is a function of a module with its arguments (`functools.partial`)."""
     from model.bundle import write_atomic
     from model.evaluation.evaluate import finite_only
+    from pipelines.config import load_run_config
     from pipelines.version import code_version
 
-    of, found, minutes = {"config": path.read_text(), "code_version": code_version()}, [], 0.0
-    for seed in markets:
-        file = None if keep is None else keep / f"{seed}.json"
+    of = {"config": path.read_text(), "code_version": code_version()}
+    found, minutes, started = {}, 0.0, time.monotonic()
+    for name in tasks:
+        file = None if keep is None else keep / f"{name}.json"
         if file is not None and file.is_file() and (record := json.loads(file.read_text()))["of"] == of:
-            say(f"seed {seed}: from {file}")
-            found.append(record["found"])
+            say(f"{name}: from {file}")
+            found[name] = record["found"]
             minutes += record["minutes"]
-            continue
-        started = time.monotonic()
-        result, took = work(seed), (time.monotonic() - started) / 60
-        if file is not None:
-            write_atomic(file, json.dumps({"of": of, "minutes": took, "found": finite_only(result)}).encode())
-        found.append(result)
-        minutes += took
-    return found, minutes
+    for name, result, took in _run_tasks({name: task for name, task in tasks.items() if name not in found}, load_run_config(path).training.threads):
+        found[name] = result
+        if keep is not None:
+            write_atomic(keep / f"{name}.json", json.dumps({"of": of, "minutes": took, "found": finite_only(result)}).encode())
+    return [found[name] for name in tasks], minutes + (time.monotonic() - started) / 60
+
+
+def _run_tasks(tasks: dict[str, Callable[[], dict[str, Any]]], threads: int) -> Iterator[tuple[str, dict[str, Any], float]]:
+    """Name, result and minutes of each task as it ends."""
+    at_once = min(len(tasks), (os.cpu_count() or 1) // threads)
+    if at_once <= 1:
+        for name, task in tasks.items():
+            yield name, *_timed(task)
+        return
+    settings = {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}  # bars of several processes would overwrite each other
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ |= settings
+    pool = ProcessPoolExecutor(at_once, get_context("spawn"))  # a fork would inherit the threads' locks, not the threads
+    try:
+        waiting = {pool.submit(_timed, task): name for name, task in tasks.items()}
+        failure = None
+        for done in as_completed(waiting):
+            if done.cancelled():
+                continue
+            if (error := done.exception()) is None:
+                yield waiting[done], *done.result()
+            else:  # what runs beside it ends and is kept, what waits does not begin
+                failure = failure or error
+                pool.shutdown(wait=False, cancel_futures=True)
+        if failure is not None:
+            raise failure
+    finally:
+        pool.shutdown(cancel_futures=True)
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _timed(task: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], float]:
+    started = time.monotonic()
+    return task(), (time.monotonic() - started) / 60
 
 
 def mean_and_deviation(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -283,16 +323,16 @@ def compare_kinds(place: Market) -> tuple[dict[str, dict[str, float]], dict[str,
     return rows, lifts
 
 
+def _kinds_of_seed(path: Path, data: Path | None, seed: int) -> dict[str, Any]:
+    with market(path, seed, data) as place:
+        rows, lifts = compare_kinds(place)
+    return {"rows": rows, "lifts": lifts}
+
+
 def table1(config: Path | None = None, data: Path | None = None, seeds: int = 5, quick: bool = False, keep: Path | None = None) -> dict[str, Any]:
     """Table 1: MCA, FS-LTR and EGA-V1. The cascades charge GSP, as published, and critical prices for equal terms."""
     path, markets = _setting(config, seeds, quick)
-
-    def one(seed: int) -> dict[str, Any]:
-        with market(path, seed, data) as place:
-            rows, lifts = compare_kinds(place)
-        return {"rows": rows, "lifts": lifts}
-
-    found, minutes = seed_by_seed(path, markets, keep, one)
+    found, minutes = side_by_side(path, {f"seed {seed}": partial(_kinds_of_seed, path, data, seed) for seed in markets}, keep)
     per_seed, lifts = [each["rows"] for each in found], [each["lifts"] for each in found]
     summary = {kind: mean_and_deviation([rows[kind] for rows in per_seed]) for kind in NAMES}
     table = [{"model": NAMES[kind], **{COLUMNS[key]: _spread(value) for key, value in summary[kind].items()}} for kind in NAMES]
@@ -328,34 +368,35 @@ ABLATIONS: dict[str, dict[str, Any]] = {"-gcf": {"gcf_on_ads": False}, "-mif": {
 """Table 2; -auf is the full model's own ranking by q*b."""
 
 
-def table2(config: Path | None = None, data: Path | None = None, seeds: int = 3, quick: bool = False, keep: Path | None = None) -> dict[str, Any]:
-    """Table 2: EGA-V1 without cluster attention among ads, without mid-fusion, without AucFormer; critical prices for all."""
+def _ablations(path: Path, data: Path | None, seed: int) -> dict[str, Any]:
+    """One seed of table 2: a row a variant, and its true eRPM against the whole model's on the same requests."""
     from marketplace.truth import paired_lift
 
+    with market(path, seed, data) as place:
+        whole = place.train("ega_v1", replace(place.config.model, kind="ega_v1"), until="rlaf")
+        pages, aucs = [], {}
+        for name, change in {"ega_v1": {}, **ABLATIONS}.items():
+            network = whole if name == "ega_v1" else place.train(name, replace(place.config.model, kind="ega_v1", **change), until="rlaf")
+            found = place.replay(network)
+            aucs[name] = found.metrics["ranking"]["auc"]
+            for policy, label in (("ega_v1/critical", name), *([("separable/critical", "-auf")] if name == "ega_v1" else [])):
+                pages.append(found.pages[found.pages["policy"] == policy].assign(policy=label))
+        aucs["-auf"] = aucs["ega_v1"]
+        every = pd.concat(pages, ignore_index=True)
+        scored, judged = place.truth(every), refereed(place, whole, every)
+    means = scored.groupby("policy")[["clicks", "revenue", "welfare"]].mean()
+    names = ["ega_v1", *ABLATIONS, "-auf"]
+    rows = {
+        name: {"auc": aucs[name], "ectr": float(judged.loc[name, "ectr"]), "erpm": float(judged.loc[name, "erpm"]), "true_ectr": 100 * float(means.loc[name, "clicks"]), "true_erpm": 1000 * float(means.loc[name, "revenue"])}
+        for name in names
+    }  # fmt: skip
+    return {"rows": rows, "lifts": {name: paired_lift(scored, "ega_v1", name) for name in names[1:]}}
+
+
+def table2(config: Path | None = None, data: Path | None = None, seeds: int = 5, quick: bool = False, keep: Path | None = None) -> dict[str, Any]:
+    """Table 2: EGA-V1 without cluster attention among ads, without mid-fusion, without AucFormer; critical prices for all."""
     path, markets = _setting(config, seeds, quick)
-
-    def one(seed: int) -> dict[str, Any]:
-        with market(path, seed, data) as place:
-            whole = place.train("ega_v1", replace(place.config.model, kind="ega_v1"), until="rlaf")
-            pages, aucs = [], {}
-            for name, change in {"ega_v1": {}, **ABLATIONS}.items():
-                network = whole if name == "ega_v1" else place.train(name, replace(place.config.model, kind="ega_v1", **change), until="rlaf")
-                found = place.replay(network)
-                aucs[name] = found.metrics["ranking"]["auc"]
-                for policy, label in (("ega_v1/critical", name), *([("separable/critical", "-auf")] if name == "ega_v1" else [])):
-                    pages.append(found.pages[found.pages["policy"] == policy].assign(policy=label))
-            aucs["-auf"] = aucs["ega_v1"]
-            every = pd.concat(pages, ignore_index=True)
-            scored, judged = place.truth(every), refereed(place, whole, every)
-        means = scored.groupby("policy")[["clicks", "revenue", "welfare"]].mean()
-        names = ["ega_v1", *ABLATIONS, "-auf"]
-        rows = {
-            name: {"auc": aucs[name], "ectr": float(judged.loc[name, "ectr"]), "erpm": float(judged.loc[name, "erpm"]), "true_ectr": 100 * float(means.loc[name, "clicks"]), "true_erpm": 1000 * float(means.loc[name, "revenue"])}
-            for name in names
-        }  # fmt: skip
-        return {"rows": rows, "lifts": {name: paired_lift(scored, "ega_v1", name) for name in names[1:]}}
-
-    found, minutes = seed_by_seed(path, markets, keep, one)
+    found, minutes = side_by_side(path, {f"seed {seed}": partial(_ablations, path, data, seed) for seed in markets}, keep)
     per_seed, lifts = [each["rows"] for each in found], [each["lifts"] for each in found]
     summary = {name: mean_and_deviation([rows[name] for rows in per_seed]) for name in per_seed[0]}
     effects = {name: pooled([each[name] for each in lifts]) for name in lifts[0]}
@@ -408,59 +449,80 @@ PAPER_TABLE3 = {
 """Paper, Table 3: AUC and Dev."""
 
 
-def table3(config: Path | None = None, data: Path | None = None, seeds: int = 3, quick: bool = False, keep: Path | None = None) -> dict[str, Any]:
-    """Table 3: AUC on sampled candidates and Dev of the set-aware pCTR, with and without explicit crosses and with parts of MIF removed;
-    below them the AUC of the market's truth, with and without what an ad's substitutes do to it."""
+def _parts_removed(path: Path, data: Path | None, seed: int) -> dict[str, Any]:
+    """One seed of table 3."""
     from marketplace import schema
-    from model.training.stages import newest, pretrain_metrics
+    from model.evaluation.metrics import auc, calibration_bins, deviation
+    from model.training.stages import newest, sampled_scores
 
-    path, markets = _setting(config, seeds, quick)
     variants = {name: {**change, "cross_features": True} for name, change in TABLE3.items()}
     variants |= {f"{name}, no crosses": {**TABLE3[name], "cross_features": False} for name in ("EGA-V1", "MCA")}
+    rows: dict[str, Any] = {}
+    with market(path, seed, data) as place:
+        test = newest(place.samples.split_rows(schema.TEST), place.config.evaluation.calibration_requests)
+        for name, change in variants.items():
+            network = place.train(name, replace(place.config.model, **{"kind": "ega_v1", **change}), until="pretrain")
+            q, placed, y, shown, _ = sampled_scores(network, place.samples, test, 128)
+            predicted, observed, _ = calibration_bins(y[shown], q[shown])
+            rows[name] = {"auc": auc(y, q), "auc_exposed": auc(y[shown], placed[shown]), "dev": deviation(q[shown], y[shown]), "clicks_over_predicted": (observed / predicted).tolist()}
+        for name, substitutes in TRUTHS.items():
+            rows[name] = {**true_aucs(place, test, substitutes), "dev": float("nan")}
+    return rows
 
-    def one(seed: int) -> dict[str, Any]:
-        rows: dict[str, Any] = {}
-        with market(path, seed, data) as place:
-            test = newest(place.samples.split_rows(schema.TEST), place.config.evaluation.calibration_requests)
-            for name, change in variants.items():
-                network = place.train(name, replace(place.config.model, **{"kind": "ega_v1", **change}), until="pretrain")
-                found = pretrain_metrics(network, place.samples, test, 128)
-                rows[name] = {"auc": found["auc"], "auc_exposed": found["auc_exposed_in_slot"], "dev": found["dev"]}
-            for name, substitutes in TRUTHS.items():
-                rows[name] = {**true_aucs(place, test, substitutes), "dev": float("nan")}
-        return rows
 
-    per_seed, minutes = seed_by_seed(path, markets, keep, one)
+def table3(config: Path | None = None, data: Path | None = None, seeds: int = 5, quick: bool = False, keep: Path | None = None) -> dict[str, Any]:
+    """Table 3: AUC on sampled candidates and Dev of the set-aware pCTR, with and without explicit crosses and with parts of MIF removed;
+    below them the AUC of the market's truth, with and without what an ad's substitutes do to it."""
+    path, markets = _setting(config, seeds, quick)
+    per_seed, minutes = side_by_side(path, {f"seed {seed}": partial(_parts_removed, path, data, seed) for seed in markets}, keep)
     summary = {name: mean_and_deviation([rows[name] for rows in per_seed]) for name in per_seed[0]}
     table = [
         {"model": name, "AUC": _spread(values["auc"]), "AUC, exposed": _spread(values["auc_exposed"]), "Dev": "" if name in TRUTHS else _spread(values["dev"]), "paper: AUC, Dev": " ".join(map(str, PAPER_TABLE3.get(name, ())))}
         for name, values in summary.items()
     ]
-    return {**provenance(path, markets, minutes), "table": table, "summary": summary, "per_seed": per_seed}
+    series = {name: np.mean([rows[name]["clicks_over_predicted"] for rows in per_seed], 0).tolist() for name in per_seed[0] if name not in TRUTHS}
+    axes = ("tenth of the shown ads, by pCTR", "click rate / mean pCTR", [str(tenth) for tenth in range(1, 11)])
+    return {**provenance(path, markets, minutes), "table": table, "summary": summary, "per_seed": per_seed, "series": series, "axes": axes}
 
 
-def scaling(config: Path | None = None, data: Path | None = None, seeds: int = 1, quick: bool = False) -> dict[str, Any]:
-    """Fig. 5: AUC against the blocks m of RecFormer, and bid-weighted clicks (evaluation evaluator) against the blocks m_e of AucFormer."""
+def _scaled(path: Path, data: Path | None, seed: int, varied: str, blocks: int) -> dict[str, Any]:
+    """One point of the scaling curve."""
     from marketplace import schema
     from model.training.stages import encode_city, newest, policy_metrics, pretrain_metrics
 
+    with market(path, seed, data) as place:
+        base = replace(place.config.model, kind="ega_v1")
+        test = newest(place.samples.split_rows(schema.TEST), place.config.evaluation.requests)
+        auc = value = float("nan")
+        if varied == "m":
+            model = replace(base, blocks=blocks, fusion_after=(max(1, blocks // 2), blocks) if blocks > 1 else (1,))
+            auc = pretrain_metrics(place.train(f"m{blocks}", model, until="pretrain"), place.samples, test, 128)["auc"]
+        else:
+            model = replace(base, auction_blocks=blocks)
+            network = place.train(f"e{blocks}", model, until="rlaf")
+            value = policy_metrics(network, encode_city(network, place.samples, test, 1 << 30, 0))["generator_evaluation"]
+        return {"seed": seed, "varied": varied, "blocks": blocks, "GFLOP a request": gigaflops(model, place), "AUC": auc, "value per request": value}
+
+
+def scaling(config: Path | None = None, data: Path | None = None, seeds: int = 2, quick: bool = False, keep: Path | None = None) -> dict[str, Any]:
+    """Fig. 5: AUC against the blocks m of RecFormer, and bid-weighted clicks (evaluation evaluator) against the blocks m_e of AucFormer."""
     path, markets = _setting(config, seeds, quick)
-    started, rows = time.monotonic(), []
-    depth, heads = ((1, 2), (1, 2)) if quick else ((1, 2, 3, 4), (1, 2, 3))
-    for seed in markets:
-        with market(path, seed, data) as place:
-            base = replace(place.config.model, kind="ega_v1")
-            test = newest(place.samples.split_rows(schema.TEST), place.config.evaluation.requests)
-            for m in depth:
-                model = replace(base, blocks=m, fusion_after=(max(1, m // 2), m) if m > 1 else (1,))
-                found = pretrain_metrics(place.train(f"m{m}", model, until="pretrain"), place.samples, test, 128)
-                rows.append({"seed": seed, "varied": "m", "blocks": m, "GFLOP a request": gigaflops(model, place), "AUC": found["auc"], "value per request": float("nan")})
-            for m_e in heads:
-                model = replace(base, auction_blocks=m_e)
-                network = place.train(f"e{m_e}", model, until="rlaf")
-                found = policy_metrics(network, encode_city(network, place.samples, test, 1 << 30, 0))
-                rows.append({"seed": seed, "varied": "m_e", "blocks": m_e, "GFLOP a request": gigaflops(model, place), "AUC": float("nan"), "value per request": found["generator_evaluation"]})
-    return {**provenance(path, markets, (time.monotonic() - started) / 60), "table": rows}
+    depths = {"m": (1, 2), "m_e": (1, 2)} if quick else {"m": (1, 2, 3, 4), "m_e": (1, 2, 3)}
+    points = [(seed, varied, blocks) for varied, many in depths.items() for blocks in many for seed in markets]
+    found, minutes = side_by_side(path, {f"seed {seed}, {varied} {blocks}": partial(_scaled, path, data, seed, varied, blocks) for seed, varied, blocks in points}, keep)
+    rows = pd.DataFrame(found)
+    table = [
+        {"varied": varied, "blocks": int(blocks), "GFLOP a request": float(group["GFLOP a request"].mean()),
+         **{name: _spread({"mean": group[name].mean(), "sd": group[name].std()}) if group[name].notna().all() else "" for name in ("AUC", "value per request")}}
+        for (varied, blocks), group in rows.groupby(["varied", "blocks"], sort=False)
+    ]  # fmt: skip
+    first = rows[rows["blocks"] == 1].set_index(["seed", "varied"])
+    series = {}
+    for varied, measure in (("m", "AUC"), ("m_e", "value per request")):
+        gain = rows[rows["varied"] == varied].apply(lambda row, measure=measure: 100 * (row[measure] / first.loc[(row["seed"], row["varied"]), measure] - 1), axis=1)
+        series[f"{measure} over {varied}"] = gain.groupby(rows["blocks"]).mean().tolist()
+    axes = ("blocks", "% over one block", [str(blocks) for blocks in sorted(rows["blocks"].unique())])
+    return {**provenance(path, markets, minutes), "table": table, "per_seed": found, "series": series, "axes": axes}
 
 
 def gigaflops(model: NetworkConfig, place: Market) -> float:
@@ -498,25 +560,29 @@ KNOBS: dict[str, Callable[[RunConfig], RunConfig]] = {
 """What the headline may rest on: what a cascade throws away, how values differ, how ads change the worth of the slots below."""
 
 
-def sensitivity(config: Path | None = None, seeds: int = 1, quick: bool = False) -> dict[str, Any]:
-    """The headline, EGA-V1 over MCA at critical prices in truth, under other knobs of the market and of the cascade."""
+def _under(path: Path, knob: str, seed: int) -> dict[str, Any]:
+    """EGA-V1 over MCA under one knob and seed."""
     from marketplace.truth import paired_lift
 
+    with market(path, seed, None, KNOBS[knob]) as place:
+        pages = []
+        for kind in ("mca", "ega_v1"):
+            found = place.replay(place.train(kind, replace(place.config.model, kind=kind), until="pretrain" if kind == "mca" else "rlaf")).pages
+            pages.append(found[found["policy"] == f"{kind}/critical"])
+        scored = place.truth(pd.concat(pages, ignore_index=True))
+    return {metric: paired_lift(scored, "mca/critical", "ega_v1/critical", metric) for metric in ("revenue", "welfare")}
+
+
+def sensitivity(config: Path | None = None, seeds: int = 1, quick: bool = False, keep: Path | None = None) -> dict[str, Any]:
+    """The headline, EGA-V1 over MCA at critical prices in truth, under other knobs of the market and of the cascade."""
     path, markets = _setting(config, seeds, quick)
-    started, rows = time.monotonic(), []
-    for name, change in (list(KNOBS.items())[:2] if quick else KNOBS.items()):
-        lifts: dict[str, list[dict[str, float]]] = {"revenue": [], "welfare": []}
-        for seed in markets:
-            with market(path, seed, None, change) as place:
-                pages = []
-                for kind in ("mca", "ega_v1"):
-                    found = place.replay(place.train(kind, replace(place.config.model, kind=kind), until="pretrain" if kind == "mca" else "rlaf")).pages
-                    pages.append(found[found["policy"] == f"{kind}/critical"])
-                scored = place.truth(pd.concat(pages, ignore_index=True))
-            for metric, entries in lifts.items():
-                entries.append(paired_lift(scored, "mca/critical", "ega_v1/critical", metric))
-        rows.append({"market": name, **{f"true {metric}": _lift(pooled(entries)) for metric, entries in lifts.items()}})
-    return {**provenance(path, markets, (time.monotonic() - started) / 60), "table": rows}
+    knobs = list(KNOBS)[:2] if quick else list(KNOBS)
+    found, minutes = side_by_side(path, {f"knob {number}, seed {seed}": partial(_under, path, knob, seed) for number, knob in enumerate(knobs) for seed in markets}, keep)
+    rows = [
+        {"market": knob, **{f"true {metric}": _lift(pooled([each[metric] for each in found[number * len(markets) :][: len(markets)]])) for metric in found[0]}}
+        for number, knob in enumerate(knobs)
+    ]
+    return {**provenance(path, markets, minutes), "table": rows}
 
 
 def _lift(entry: dict[str, float]) -> str:

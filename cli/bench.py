@@ -50,11 +50,11 @@ def benchmarks() -> dict[str, Callable[..., dict[str, Any]]]:
 
 
 def bench(name: str, out: Path | None = None, plot: Path | None = None, **options: Any) -> int:
-    """Run a benchmark by name with the options that were given (None: not given); print it, keep it as JSON and as a plot."""
-    from benchmarks.results import markdown
+    """Run a benchmark by name with the options that were given (None: not given); print it, keep it as JSON and, where it has something to show, as a plot: in
+    `plot`, or beside `out`."""
+    from benchmarks.results import drawing, markdown
     from model.bundle import write_atomic
     from model.evaluation.evaluate import finite_only
-    from model.evaluation.plots import lines_svg
 
     known = benchmarks()
     if name not in known:
@@ -71,8 +71,9 @@ def bench(name: str, out: Path | None = None, plot: Path | None = None, **option
     if out is not None and "keep" in takes:
         given["keep"] = out.with_suffix(".seeds")
     result = {"command": f"ega bench {name}{shown}", **known[name](**given)}
-    if plot is not None and "series" not in result:
-        raise ValueError(f"benchmark {name} has no course to plot")
+    drawn = drawing(result) if out is not None or plot is not None else None
+    if plot is not None and drawn is None:
+        raise ValueError(f"benchmark {name} has nothing to plot")
     for key, value in result.items():
         if key not in ("series", "axes", "command") and not isinstance(value, list | dict):
             print(f"{key:<40}{value:.4g}" if isinstance(value, float) else f"{key:<40}{value}")
@@ -81,6 +82,6 @@ def bench(name: str, out: Path | None = None, plot: Path | None = None, **option
             print(("" if key == "table" else "\n") + markdown(result[key]))
     if out is not None:
         write_atomic(out, json.dumps(finite_only({"name": name, **result}), indent=1, allow_nan=False).encode())
-    if plot is not None:
-        write_atomic(plot, lines_svg(result["series"], *result["axes"]).encode())
+    if drawn is not None:
+        write_atomic(plot or out.with_suffix(".svg"), drawn.encode())
     return 0

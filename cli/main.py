@@ -215,16 +215,16 @@ def doctor() -> None:
 @app.command()
 def bench(
     name: Annotated[str, typer.Argument(help="Speed and cost: latency, load, v2-decode, cluster-attention, auction, sampling, generator, oracle, flops. On a finished run: payments, bidders. Experiments: ab, alarms, events. The paper's tables: table1, table2, table3, table4, scaling, sensitivity, v2. Other people's data: sequential, next-poi, serp; peers: speed beside another library.")],
-    out: Annotated[Optional[Path], typer.Option(help="Also write the figures to this JSON file.")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option(help="Also write the figures to this JSON file, and a plot of what can be drawn beside it (.svg).")] = None,  # noqa: UP045
     run: Annotated[Optional[Path], typer.Option(help="Folder of a finished run, for payments, bidders and load.")] = None,  # noqa: UP045
-    plot: Annotated[Optional[Path], typer.Option(help="Also draw the course of bidders into this SVG file.")] = None,  # noqa: UP045
+    plot: Annotated[Optional[Path], typer.Option(help="Draw into this SVG file instead.")] = None,  # noqa: UP045
     steps: Annotated[Optional[int], typer.Option(min=1, help="Optimiser steps of every payment network in payments (default: the run's).")] = None,  # noqa: UP045
     device: Annotated[Optional[str], typer.Option(help="cpu or cuda, for latency (default: cpu).")] = None,  # noqa: UP045
     seconds: Annotated[Optional[float], typer.Option(min=1.0, help="Length of the overload in load (default: 60).")] = None,  # noqa: UP045
     config: Annotated[Optional[Path], typer.Option(help="Run configuration of a table's market and models (default: config/tables.yaml).")] = None,  # noqa: UP045
     data: Annotated[Optional[Path], typer.Option(help="Folder of data for sequential, next-poi, serp and peers, or its name under $EGA_DATA (default: games, nyc, serp, games there); check-ins of a table's market.")] = None,  # noqa: UP045
     seed: Annotated[Optional[int], typer.Option(help="Seed of sequential, next-poi, serp and peers (default 0); of table4 (default: the configuration's).")] = None,  # noqa: UP045
-    seeds: Annotated[Optional[int], typer.Option(min=1, help="Markets of a table, each with a seed of its own (default: 5 for table1, 3 for the others).")] = None,  # noqa: UP045
+    seeds: Annotated[Optional[int], typer.Option(min=1, help="Markets of a table, each with a seed of its own (default: 5; 2 for scaling, 1 for sensitivity).")] = None,  # noqa: UP045
     peer_python: Annotated[Optional[Path], typer.Option(help="Python in which RecBole is installed, for peers (docs/measuring.md).")] = None,  # noqa: UP045
     quick: Annotated[Optional[bool], typer.Option("--quick", help="Tiny sizes: shows that everything works, not how well.")] = None,  # noqa: UP045
 ) -> None:

@@ -23,6 +23,13 @@ def deviation(predicted: np.ndarray, clicks: np.ndarray) -> float:
     return abs(1.0 - float(np.mean(predicted)) / rate) if rate > 0 else float("nan")
 
 
+def calibration_bins(labels: np.ndarray, scores: np.ndarray, bins: int = 10) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean prediction, click rate and size of `bins` parts of equal size, by rising prediction (fewer where there are fewer entries)."""
+    parts = [part for part in np.array_split(np.argsort(scores, kind="stable"), bins) if len(part)]
+    mean = [[float(np.mean(values[part])) for part in parts] for values in (np.asarray(scores, np.float64), np.asarray(labels, np.float64))]
+    return np.array(mean[0]), np.array(mean[1]), np.array([len(part) for part in parts])
+
+
 def log_loss(labels: np.ndarray, probability: np.ndarray) -> float:
     """Mean binary cross-entropy in nats."""
     p = np.clip(np.asarray(probability, np.float64), 1e-12, 1 - 1e-12)

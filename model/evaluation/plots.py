@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from model.evaluation.metrics import calibration_bins
+
 STYLE = """
 :root{color-scheme:light dark}
 body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#1c2733;background:#fff}
@@ -132,17 +134,11 @@ def roc_svg(labels: np.ndarray, scores: np.ndarray) -> str:
 
 def calibration_svg(labels: np.ndarray, scores: np.ndarray, bins: int = 10) -> str:
     """Observed click rate against predicted pCTR in bins of equal size, with two standard errors."""
-    order = np.argsort(scores)
     figure, axes = _axes(4.6, 3.8)
-    predicted, observed, error = [], [], []
-    for part in np.array_split(order, bins):
-        if len(part):
-            rate = float(np.mean(labels[part]))
-            predicted.append(float(np.mean(scores[part])))
-            observed.append(rate)
-            error.append(2 * math.sqrt(max(rate * (1 - rate), 1e-9) / len(part)))
+    predicted, observed, size = calibration_bins(labels, scores, bins)
+    error = 2 * np.sqrt(np.maximum(observed * (1 - observed), 1e-9) / size)
     axes.errorbar(predicted, observed, yerr=error, fmt="o", color="#2f6db5", ms=4, capsize=2)
-    top = max([*predicted, *observed, 1e-3]) * 1.1
+    top = max(predicted.max(initial=1e-3), observed.max(initial=1e-3)) * 1.1
     axes.plot([0, top], [0, top], color="#999", ls=":")
     axes.set_xlabel("predicted pCTR")
     axes.set_ylabel("observed click rate")
@@ -159,6 +155,18 @@ def lines_svg(series: dict[str, list[float]], x: str, y: str, ticks: list[str] |
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def intervals_svg(entries: dict[str, tuple[float, float, float]], x: str) -> str:
+    """Named (value, low, high) from top to bottom, with a line at 0."""
+    figure, axes = _axes(6.4, 0.6 + 0.3 * len(entries))
+    at = np.arange(len(entries))[::-1]
+    value, low, high = np.array(list(entries.values())).T
+    axes.errorbar(value, at, xerr=[value - low, high - value], fmt="o", color="#2f6db5", ms=4, capsize=2)
+    axes.axvline(0.0, color="#888", lw=0.8)
+    axes.set_yticks(at, list(entries), fontsize=8)
+    axes.set_xlabel(x)
     return _svg(figure)
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ import torch
 
 from benchmarks import online, tables
 from benchmarks.flops import PAPER, appendix, count
-from benchmarks.results import orders, write_results
+from benchmarks.results import drawing, orders, write_results
 from cli.bench import bench
 from model.ega_v1.network import NetworkConfig
 from model.evaluation.metrics import auc
@@ -102,6 +105,29 @@ def test_recalls_are_compared_on_requests_with_something_to_find() -> None:
     assert tables.paired_recall(mine, theirs)["lift"] == pytest.approx(0.5)
 
 
+def test_seeds_run_side_by_side_and_a_stopped_table_goes_on_where_it_was(tmp_path: Path) -> None:
+    """In processes of their own; a failure loses no other seed, and what the same configuration gave is read again."""
+    config, kept = tmp_path / "config.yaml", tmp_path / "kept"
+    shutil.copy(tables.QUICK, config)
+    done = {name: partial(dict, value=value) for name, value in (("b", 2.0), ("a", float("nan")))}
+    with pytest.raises(ValueError, match="invalid literal"):
+        tables.side_by_side(config, {**done, "c": partial(int, "no number"), "d": partial(dict)}, kept)
+    (kept / "b.json").write_text((kept / "b.json").read_text().replace("2.0", "3.0"))
+    found, minutes = tables.side_by_side(config, {**done, "c": partial(dict, value=5.0)}, kept)
+    assert [each["value"] for each in found] == [3.0, None, 5.0] and minutes > 0 and "TQDM_DISABLE" not in os.environ
+    assert tables.side_by_side(config, {"b": done["b"]}, None)[0] == [{"value": 2.0}]
+    config.write_text(config.read_text() + "# changed\n")
+    assert tables.side_by_side(config, {"b": done["b"]}, kept)[0] == [{"value": 2.0}]
+
+
+def test_what_has_a_course_or_intervals_is_drawn() -> None:
+    lift = {"lift": 0.1, "low": 0.05, "high": 0.2}
+    for result, shown in (({"series": {"a line": [1.0, 2.0]}, "axes": ("blocks", "%", ["1", "2"])}, "a line"), ({"differences": {"over MCA": {"GSP": lift}}}, "over MCA, GSP")):
+        drawn = drawing(result)
+        assert drawn is not None and drawn.startswith("<svg") and f"<!-- {shown} -->" in drawn
+    assert drawing({"table": []}) is None and drawing({"differences": {"a": {"low": None, "high": None}}}) is None
+
+
 def test_independent_seeds_are_pooled() -> None:
     found = tables.pooled([{"lift": 0.1, "low": 0.0, "high": 0.2}, {"lift": 0.3, "low": 0.0, "high": 0.6}])
     assert found["lift"] == pytest.approx(0.2) and found["high"] - 0.2 == pytest.approx(np.hypot(0.1, 0.3) / 2) and found["least"] == 0.1
@@ -159,26 +185,3 @@ def test_a_benchmark_names_the_options_that_it_takes() -> None:
         bench("table1", steps=3)
     with pytest.raises(ValueError, match="benchmark bidders measures a finished run: add --run RUN"):
         bench("bidders")
-
-
-def test_a_stopped_table_goes_on_where_it_was(tmp_path) -> None:
-    """Seeds that ended are read again; those of another configuration, or none, are worked on."""
-    from benchmarks.tables import seed_by_seed
-
-    config, asked = tmp_path / "config.yaml", []
-    config.write_text("a: 1\n")
-
-    def work(seed: int) -> dict[str, float]:
-        asked.append(seed)
-        if seed == 9:
-            raise KeyboardInterrupt
-        return {"value": 0.1 * seed, "missing": float("nan")}
-
-    with pytest.raises(KeyboardInterrupt):
-        seed_by_seed(config, [7, 8, 9], tmp_path / "kept", work)
-    found, minutes = seed_by_seed(config, [7, 8], tmp_path / "kept", work)
-    assert [each["value"] for each in found] == pytest.approx([0.7, 0.8]) and asked == [7, 8, 9] and minutes > 0
-    config.write_text("a: 2\n")
-    seed_by_seed(config, [7], tmp_path / "kept", work)
-    seed_by_seed(config, [8], None, work)
-    assert asked == [7, 8, 9, 7, 8]
