@@ -504,7 +504,7 @@ def _scaled(path: Path, data: Path | None, seed: int, varied: str, blocks: int) 
         return {"seed": seed, "varied": varied, "blocks": blocks, "GFLOP a request": gigaflops(model, place), "AUC": auc, "value per request": value}
 
 
-def scaling(config: Path | None = None, data: Path | None = None, seeds: int = 2, quick: bool = False, keep: Path | None = None) -> dict[str, Any]:
+def scaling(config: Path | None = None, data: Path | None = None, seeds: int = 1, quick: bool = False, keep: Path | None = None) -> dict[str, Any]:
     """Fig. 5: AUC against the blocks m of RecFormer, and bid-weighted clicks (evaluation evaluator) against the blocks m_e of AucFormer."""
     path, markets = _setting(config, seeds, quick)
     depths = {"m": (1, 2), "m_e": (1, 2)} if quick else {"m": (1, 2, 3, 4), "m_e": (1, 2, 3)}
@@ -543,46 +543,47 @@ def _clicks(**change: Any) -> Callable[[RunConfig], RunConfig]:
     return lambda config: replace(config, world=replace(config.world, clicks=replace(config.world.clicks, **change)))
 
 
-def _cascade(**change: Any) -> Callable[[RunConfig], RunConfig]:
-    """How much a cascade's stages hand on."""
-    return lambda config: replace(config, model=replace(config.model, cascade=replace(config.model.cascade, **change)))
-
-
 KNOBS: dict[str, Callable[[RunConfig], RunConfig]] = {
     "as configured": lambda config: config,
-    "recall 100, pre-ranking 50": _cascade(recall=100, prerank=50),
-    "recall 800, pre-ranking 400": _cascade(recall=800, prerank=400),
     "value spread 0.5": _synthetic(value_spread=0.5),
     "value spread 1.2": _synthetic(value_spread=1.2),
     "satisfaction spread 0: every ad ends the reading alike": _clicks(satisfaction_spread=0.0),
     "no externality of the candidate set": _clicks(externality=0.0),
 }
-"""What the headline may rest on: what a cascade throws away, how values differ, how ads change the worth of the slots below."""
+"""What the headline may rest on: how values differ, how ads change the worth of the slots below, what set-aware modelling can see."""
+
+CASCADES: dict[str, dict[str, int]] = {"recall 100, pre-ranking 50": {"recall": 100, "prerank": 50}, "recall 800, pre-ranking 400": {"recall": 800, "prerank": 400}}
+"""And what the cascade throws away, in the market as configured."""
 
 
 def _under(path: Path, knob: str, seed: int) -> dict[str, Any]:
-    """EGA-V1 over MCA under one knob and seed."""
+    """EGA-V1 over MCA under one knob and seed: a row, and one for each of CASCADES where the market is as configured."""
     from marketplace.truth import paired_lift
+    from model.training.run import load_stage
 
     with market(path, seed, None, KNOBS[knob]) as place:
-        pages = []
-        for kind in ("mca", "ega_v1"):
-            found = place.replay(place.train(kind, replace(place.config.model, kind=kind), until="pretrain" if kind == "mca" else "rlaf")).pages
-            pages.append(found[found["policy"] == f"{kind}/critical"])
+        mca = replace(place.config.model, kind="mca")
+        networks = {knob: place.train("mca", mca, until="pretrain")}
+        for name, change in (CASCADES if knob == "as configured" else {}).items():  # how many are handed on is no part of training
+            networks[name] = load_stage("pretrain", place.samples, replace(mca, cascade=replace(mca.cascade, **change)), place.folder / "mca" / "stages", seed)
+        ours = place.replay(place.train("ega_v1", replace(place.config.model, kind="ega_v1"), until="rlaf")).pages
+        pages = [ours[ours["policy"] == "ega_v1/critical"]]
+        for name, network in networks.items():
+            found = place.replay(network).pages
+            pages.append(found[found["policy"] == "mca/critical"].assign(policy=name))
         scored = place.truth(pd.concat(pages, ignore_index=True))
-    return {metric: paired_lift(scored, "mca/critical", "ega_v1/critical", metric) for metric in ("revenue", "welfare")}
+    return {name: {metric: paired_lift(scored, name, "ega_v1/critical", metric) for metric in ("revenue", "welfare")} for name in networks}
 
 
 def sensitivity(config: Path | None = None, seeds: int = 1, quick: bool = False, keep: Path | None = None) -> dict[str, Any]:
     """The headline, EGA-V1 over MCA at critical prices in truth, under other knobs of the market and of the cascade."""
     path, markets = _setting(config, seeds, quick)
-    knobs = list(KNOBS)[:2] if quick else list(KNOBS)
+    knobs = list(KNOBS)[:1] if quick else list(KNOBS)
     found, minutes = side_by_side(path, {f"knob {number}, seed {seed}": partial(_under, path, knob, seed) for number, knob in enumerate(knobs) for seed in markets}, keep)
-    rows = [
-        {"market": knob, **{f"true {metric}": _lift(pooled([each[metric] for each in found[number * len(markets) :][: len(markets)]])) for metric in found[0]}}
-        for number, knob in enumerate(knobs)
-    ]
-    return {**provenance(path, markets, minutes), "table": rows}
+    names = list(dict.fromkeys(name for each in found for name in each))
+    lifts = {name: {f"true {metric}": pooled([each[name][metric] for each in found if name in each]) for metric in ("revenue", "welfare")} for name in names}
+    table = [{"market": name, **{metric: _lift(entry) for metric, entry in each.items()}} for name, each in lifts.items()]
+    return {**provenance(path, markets, minutes), "table": table, "differences": lifts}
 
 
 def _lift(entry: dict[str, float]) -> str:

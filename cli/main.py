@@ -224,7 +224,7 @@ def bench(
     config: Annotated[Optional[Path], typer.Option(help="Run configuration of a table's market and models (default: config/tables.yaml).")] = None,  # noqa: UP045
     data: Annotated[Optional[Path], typer.Option(help="Folder of data for sequential, next-poi, serp and peers, or its name under $EGA_DATA (default: games, nyc, serp, games there); check-ins of a table's market.")] = None,  # noqa: UP045
     seed: Annotated[Optional[int], typer.Option(help="Seed of sequential, next-poi, serp and peers (default 0); of table4 (default: the configuration's).")] = None,  # noqa: UP045
-    seeds: Annotated[Optional[int], typer.Option(min=1, help="Markets of a table, each with a seed of its own (default: 5; 2 for scaling, 1 for sensitivity).")] = None,  # noqa: UP045
+    seeds: Annotated[Optional[int], typer.Option(min=1, help="Markets of a table, each with a seed of its own (default: 5; 1 for scaling and sensitivity).")] = None,  # noqa: UP045
     peer_python: Annotated[Optional[Path], typer.Option(help="Python in which RecBole is installed, for peers (docs/measuring.md).")] = None,  # noqa: UP045
     quick: Annotated[Optional[bool], typer.Option("--quick", help="Tiny sizes: shows that everything works, not how well.")] = None,  # noqa: UP045
 ) -> None:

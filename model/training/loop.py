@@ -170,7 +170,8 @@ def run_stage(
                 judge(None)
                 if _rank() == 0:
                     save()
-            bar = tqdm(total=config.steps, initial=state["step"], desc=stage, unit="step", file=sys.stderr, mininterval=2.0, disable=_rank() != 0)
+            quiet = {} if _rank() == 0 else {"disable": True}  # left out it is $TQDM_DISABLE's to say
+            bar = tqdm(total=config.steps, initial=state["step"], desc=stage, unit="step", file=sys.stderr, mininterval=2.0, **quiet)
             while state["step"] < config.steps and state["waited"] < config.patience:
                 _set_rate(optimiser, config, state["step"])
                 network.train()
