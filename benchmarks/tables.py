@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -161,6 +162,8 @@ def side_by_side(path: Path, tasks: dict[str, Callable[[], dict[str, Any]]], kee
 
 def _run_tasks(tasks: dict[str, Callable[[], dict[str, Any]]], threads: int) -> Iterator[tuple[str, dict[str, Any], float]]:
     """Name, result and minutes of each task as it ends."""
+    from serving.backend import end_with_parent
+
     at_once = min(len(tasks), (os.cpu_count() or 1) // threads)
     if at_once <= 1:
         for name, task in tasks.items():
@@ -169,7 +172,8 @@ def _run_tasks(tasks: dict[str, Callable[[], dict[str, Any]]], threads: int) -> 
     settings = {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}  # bars of several processes would overwrite each other
     before = {name: os.environ.get(name) for name in settings}
     os.environ |= settings
-    pool = ProcessPoolExecutor(at_once, get_context("spawn"))  # a fork would inherit the threads' locks, not the threads
+    # A fork would inherit the threads' locks, not the threads.
+    pool = ProcessPoolExecutor(at_once, get_context("spawn"), end_with_parent, (signal.SIGTERM,))
     try:
         waiting = {pool.submit(_timed, task): name for name, task in tasks.items()}
         failure = None
