@@ -58,6 +58,8 @@ class Settings:
     """Requests of a batch."""
     learning_rate: float = 3e-3
     """Adam's, falling to 0 along a cosine."""
+    learning_rate_on_top: float = 3e-4
+    """The same for an encoder that learns what trained crosses leave."""
     epochs: int = 2
     """Passes over the training requests."""
     dropout: float = 0.1
@@ -132,14 +134,17 @@ class City:
 
 
 class HabitCrosses(nn.Module):
-    """Explicit user x place crosses as one logit: learned counts of the user's earlier visits, distance, and popularity.
+    """Explicit user x place crosses as one logit: learned counts of the user's earlier visits, the newest of them, what usually follows, distance, and popularity.
 
     A count is a sum over behaviours that match the candidate (same place, same place after the current one, same category, same
     geo cell) of exp(weights of the behaviour's age, hour distance and weekday match): the counting baseline with its kernel learned.
+    The newest visit says what a sum cannot: that a habit has just been followed. Moves between categories and hours of categories are everybody's.
     """
 
     FIELDS = ("age", "hour_distance", "weekday_match")
     MATCHES = (("place", "poi"), ("follows", "poi"), ("category", "category"), ("cell", "geo"))
+    FARTHEST = 32
+    """Check-ins ago that are told apart for the newest visit of a place."""
 
     def __init__(self, sizes: VocabularySizes, visits_V: Tensor, hidden: int = 32) -> None:
         super().__init__()
@@ -158,7 +163,11 @@ class HabitCrosses(nn.Module):
         self.register_buffer("visits", visits_V)
         self.register_buffer("edges", torch.tensor(schema.DISTANCE_BUCKET_KM))
         self.since, self.hour = nn.Embedding(rows["age"], 4), nn.Embedding(24 + schema.FIRST_CODE, 4)
-        self.mlp = MLP(len(self.MATCHES) + 1 + 3 * 4 + 3, (hidden,), 1)
+        self.newest, self.ago = nn.Embedding(rows["age"], 4), nn.Embedding(self.FARTHEST + 2, 4)
+        self.category, self.after, self.at_hour = (nn.Embedding(count, 8) for count in (sizes.category, sizes.category, 24 + schema.FIRST_CODE))
+        for table in (self.category, self.after, self.at_hour):
+            nn.init.normal_(table.weight, 0.0, 0.3)
+        self.mlp = MLP(len(self.MATCHES) + 1 + 5 * 4 + 3 + 2, (hidden,), 1)
         nn.init.zeros_(self.mlp.layers[-1].weight)
         self.transition, self.unseen = nn.Parameter(torch.tensor(math.log(counting.TRANSITION_WEIGHT))), nn.Parameter(torch.tensor(-4.0))
         """Logs of the weight of the share of earlier moves from here to the candidate, and of what a place without a visit counts."""
@@ -189,20 +198,28 @@ class HabitCrosses(nn.Module):
         far = self.distance(torch.bucketize(torch.hypot(north, east), self.edges))
         poi = ad_fields_BNF[..., AD_COLUMNS.index("poi")].expand(len(count), -1)
         here = (poi == column["poi"][:, :1]) & real[:, :1]
-        length = torch.log1p(real.sum(1, keepdim=True).float()).expand(-1, poi.shape[1])
+        known = torch.log1p(real.sum(1, keepdim=True).float()).expand(-1, poi.shape[1])
         visits = self.visits[poi]
         if less_own:  # the training target's own visit is among its visits; no other candidate has such help
             visits = torch.cat([visits[:, :1] - 1.0, visits[:, 1:]], 1)
-        extra = torch.stack([torch.log1p(visits), here.float(), length], -1)
+        extra = torch.stack([torch.log1p(visits), here.float(), known], -1)
         # What the candidates share matters through what it does to the rest: minutes after a visit other places come next than a day later.
         moment = torch.cat([self.since(column["age"][:, 0]), self.hour(hour_B)], -1).unsqueeze(1).expand(-1, poi.shape[1], -1)
-        return habit + self.mlp(torch.cat([count, habit.unsqueeze(-1), far, extra, moment], -1)).squeeze(-1)
+        length = real.shape[1]
+        ago = torch.arange(length).masked_fill(~real, length)
+        newest = ago.new_full((len(real), self.vocabulary["poi"]), length).scatter_reduce(1, column["poi"], ago, "amin")
+        at = torch.gather(newest, 1, poi)  # `length`: never
+        last = torch.cat([self.newest(torch.gather(F.pad(column["age"], (0, 1)), 1, at)), self.ago(at.clamp(max=self.FARTHEST) + (at == length))], -1)
+        to = self.category(ad_fields_BNF[..., AD_COLUMNS.index("category")]).expand(len(count), -1, -1)
+        usual = torch.stack([(given.unsqueeze(1) * to).sum(-1) for given in (self.after(column["category"][:, 0]), self.at_hour(hour_B))], -1)
+        return habit + self.mlp(torch.cat([count, habit.unsqueeze(-1), far, extra, moment, last, usual], -1)).squeeze(-1)
 
 
 class NextPoiNetwork(nn.Module):
-    """EGA-V1's hybrid features, RecFormer and pCTR head with all places as candidates, each on its own; optionally with HabitCrosses."""
+    """EGA-V1's hybrid features, RecFormer and pCTR head with all places as candidates, each on its own; optionally with HabitCrosses. With `trained` crosses
+    these stay as they are and the encoder starts from nothing: it learns what they leave."""
 
-    def __init__(self, city: City, settings: Settings, visits_V: np.ndarray, encoder: bool, crosses: bool) -> None:
+    def __init__(self, city: City, settings: Settings, visits_V: np.ndarray, encoder: bool, crosses: bool, trained: HabitCrosses | None = None) -> None:
         super().__init__()
         self.settings = settings
         tables = {name: len(city.vocabulary.tables[name]) + schema.FIRST_CODE for name in schema.VOCABULARIES}
@@ -218,6 +235,11 @@ class NextPoiNetwork(nn.Module):
             self.features = HybridFeatures(config, sizes, geo_prior(cells, settings.embedding, torch.Generator().manual_seed(0)))
             self.recformer, self.head = RecFormer(config), SplitHead(settings.width, (2 * settings.width,))
         self.crosses = HabitCrosses(sizes, torch.from_numpy(visits_V).float()) if crosses else None
+        if trained is not None:
+            self.crosses.load_state_dict(trained.state_dict())
+            self.crosses.requires_grad_(False)
+            for parameter in self.head.rest.layers[-1].parameters():
+                nn.init.zeros_(parameter)
         self.dropout = nn.Dropout(settings.dropout)
         self.register_buffer("ad_fields", torch.from_numpy(city.ad_fields).long())
         self.register_buffer("ad_place", torch.from_numpy(city.place).float())
@@ -275,8 +297,11 @@ def target_ranks(score_RN: np.ndarray, target_R: np.ndarray) -> np.ndarray:
     return (score_RN >= np.take_along_axis(score_RN, target_R[:, None], 1)).sum(1) - 1
 
 
-def train(city: City, settings: Settings, hold: int, encoder: bool, crosses: bool, seed: int, name: str) -> tuple[NextPoiNetwork, dict[str, Any]]:
-    """Fit on all check-ins before the validation's; the weights with the best validation loss are kept."""
+def train(
+    city: City, settings: Settings, hold: int, encoder: bool, crosses: bool, seed: int, name: str, trained: HabitCrosses | None = None
+) -> tuple[NextPoiNetwork, dict[str, Any]]:
+    """Fit on all check-ins before the validation's, on top of `trained` crosses if there are such; the weights with the best mean reciprocal rank of the
+    validation's are kept, with crosses on top of which nothing helps the first ones."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     test = city.end - hold
@@ -286,19 +311,31 @@ def train(city: City, settings: Settings, hold: int, encoder: bool, crosses: boo
     held = np.bincount(city.poi_row[row < limit[city.user]], minlength=len(city.pois))
     chance = (held + 1.0) ** 0.75
     chance /= chance.sum()
-    network = NextPoiNetwork(city, settings, np.concatenate([np.zeros(schema.FIRST_CODE), held]), encoder, crosses)
+    network = NextPoiNetwork(city, settings, np.concatenate([np.zeros(schema.FIRST_CODE), held]), encoder, crosses, trained)
     homes = city.homes(limit)
     validation = limit[limit > city.start]
     validation = np.sort(rng.permutation(validation)[: settings.validation_users])
     if not len(training) or not len(validation):
         raise ValueError("too few check-ins a user to train and validate on; at least three are needed")
-    optimiser = torch.optim.Adam(network.parameters(), settings.learning_rate)
+    learnt = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.Adam(learnt, settings.learning_rate if trained is None else settings.learning_rate_on_top)
     steps = settings.epochs * math.ceil(len(training) / settings.batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     every = max(1, steps // (settings.epochs * settings.validations))
-    best, kept, course, total = -1.0, None, [], 0.0
+    best, kept, course, total, step = -1.0, None, [], 0.0, 0
     started = time.perf_counter()
-    step = 0
+
+    def validate() -> None:
+        nonlocal best, kept, total
+        rank = target_ranks(scores(network, city, validation, homes), city.poi_row[validation])
+        figure = float(np.mean(1.0 / (1.0 + rank)))
+        course.append({"step": step, "loss": total / every, "mrr": figure, **{f"acc@{k}": float(np.mean(rank < k)) for k in CUTS}})
+        total = 0.0
+        if figure > best:
+            best, kept = figure, copy.deepcopy(network.state_dict())
+
+    if trained is not None:
+        validate()
     with tqdm(total=steps, desc=name, unit="step") as bar:
         for _ in range(settings.epochs):
             order = rng.permutation(training)
@@ -315,21 +352,14 @@ def train(city: City, settings: Settings, hold: int, encoder: bool, crosses: boo
                 total, step = total + float(loss.detach()), step + 1
                 bar.update()
                 if step % every == 0 or step == steps:
-                    rank = target_ranks(scores(network, city, validation, homes), city.poi_row[validation])
-                    figure = float(np.mean(1.0 / (1.0 + rank)))
-                    course.append({"step": step, "loss": total / every, "mrr": figure, **{f"acc@{k}": float(np.mean(rank < k)) for k in CUTS}})
-                    total = 0.0
+                    validate()
                     bar.set_postfix(loss=f"{course[-1]['loss']:.3f}", **{f"acc{k}": f"{course[-1][f'acc@{k}']:.3f}" for k in CUTS})
-                    if figure > best:
-                        best, kept = figure, copy.deepcopy(network.state_dict())
     network.load_state_dict(kept)
     return network, {"steps": steps, "seconds": time.perf_counter() - started, "course": course}
 
 
 BASELINES = ("most_visited", "hour_weighted")
-MODELS = {"explicit crosses alone": (False, True), "EGA-V1 encoder alone": (True, False), "EGA-V1 encoder + crosses": (True, True)}
-"""Row of the table -> with the encoder, with the crosses."""
-HEADLINE, BAR = "EGA-V1 encoder + crosses", "hour_weighted"
+CROSSES, ALONE, HEADLINE, BAR = "explicit crosses alone", "EGA-V1 encoder alone", "EGA-V1 encoder + crosses", "hour_weighted"
 
 
 def counting_scores(city: City, rows: np.ndarray, name: str) -> np.ndarray:
@@ -351,8 +381,10 @@ def next_poi(data: Path, seed: int = 0, quick: bool = False, hold: int = 1) -> d
     hits, courses = {}, {}
     for name in BASELINES:
         hits[name] = target_ranks(counting_scores(city, rows, name), target)
-    for name, (encoder, crosses) in MODELS.items():
-        network, courses[name] = train(city, settings, hold, encoder, crosses, seed, name)
+    habits = None
+    for name in (CROSSES, ALONE, HEADLINE):
+        network, courses[name] = train(city, settings, hold, name != CROSSES, name != ALONE, seed, name, habits if name == HEADLINE else None)
+        habits = network.crosses if name == CROSSES else habits
         hits[name] = target_ranks(scores(network, city, rows, city.homes(city.end - hold)), target)
     table = []
     for name, rank in hits.items():

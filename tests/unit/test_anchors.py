@@ -188,6 +188,19 @@ def test_training_candidates_hold_the_target_once_and_all_own_places(city: next_
         assert set(city.poi_row[before[before >= 0]]) <= set(real)
 
 
+def test_an_encoder_on_top_of_trained_crosses_starts_as_they_are_and_leaves_them_so(city: next_poi.City) -> None:
+    settings, visits = replace(next_poi.Settings(), width=8, embedding=4, behaviours=8, history=16, epochs=1, recent=2, validations=1), np.zeros(len(city.pois) + 2)
+    alone = next_poi.NextPoiNetwork(city, settings, visits, encoder=False, crosses=True)
+    with torch.no_grad():
+        alone.crosses.mlp.layers[-1].weight.normal_()
+    rows = city.end - 1
+    both = next_poi.NextPoiNetwork(city, settings, visits, encoder=True, crosses=True, trained=alone.crosses)
+    assert np.array_equal(*(next_poi.scores(network, city, rows, city.homes(rows)) for network in (alone, both)))
+    network, found = next_poi.train(city, replace(settings, learning_rate_on_top=0.1), 1, True, True, 0, "both", alone.crosses)
+    assert found["course"][0]["step"] == 0 and len(found["course"]) > 1
+    assert all(torch.equal(value, network.crosses.state_dict()[name]) for name, value in alone.crosses.state_dict().items())
+
+
 @torch.no_grad()
 def test_crosses_start_as_the_hour_weighted_count(city: next_poi.City) -> None:
     """Before training the explicit crosses rank the user's own places as the baseline does, but for its continuous hours and days."""
