@@ -189,7 +189,7 @@ def test_training_candidates_hold_the_target_once_and_all_own_places(city: next_
 
 
 def test_an_encoder_on_top_of_trained_crosses_starts_as_they_are_and_leaves_them_so(city: next_poi.City) -> None:
-    settings, visits = replace(next_poi.Settings(), width=8, embedding=4, behaviours=8, history=16, epochs=1, recent=2, validations=1), np.zeros(len(city.pois) + 2)
+    settings, visits = replace(next_poi.Settings(), width=8, embedding=4, behaviours=8, history=16, epochs=1, recent=2, validations=1), np.full(len(city.pois) + 2, 5.0)
     alone = next_poi.NextPoiNetwork(city, settings, visits, encoder=False, crosses=True)
     with torch.no_grad():
         alone.crosses.mlp.layers[-1].weight.normal_()
@@ -217,6 +217,8 @@ def test_crosses_start_as_the_hour_weighted_count(city: next_poi.City) -> None:
 
 def test_target_ranks_fall_against_the_target() -> None:
     assert next_poi.target_ranks(np.array([[1.0, 2.0, 2.0], [3.0, 0.0, 1.0]]), np.array([1, 0])).tolist() == [1, 0]
+    with pytest.raises(FloatingPointError, match="1 of 2 targets have no score"):
+        next_poi.target_ranks(np.array([[1.0, 2.0], [np.nan, 0.0]]), np.array([1, 0]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
