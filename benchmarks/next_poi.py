@@ -293,11 +293,8 @@ def scores(network: NextPoiNetwork, city: City, rows: np.ndarray, homes: np.ndar
 
 
 def target_ranks(score_RN: np.ndarray, target_R: np.ndarray) -> np.ndarray:
-    """Places that score at least as high as the target: ties fall against it. FloatingPointError for a target without a score, which nothing would beat."""
-    own = np.take_along_axis(score_RN, target_R[:, None], 1)
-    if np.isnan(own).any():
-        raise FloatingPointError(f"{np.isnan(own).sum()} of {len(own)} targets have no score (NaN)")
-    return (score_RN >= own).sum(1) - 1
+    """Places that do not score below the target: ties, and NaN, fall against it."""
+    return (~(score_RN < np.take_along_axis(score_RN, target_R[:, None], 1))).sum(1) - 1
 
 
 def train(

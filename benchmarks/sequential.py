@@ -101,8 +101,8 @@ def draw_negatives(data: Interactions, users: np.ndarray, rng: np.random.Generat
 
 
 def ranks(scores_BN: np.ndarray, target_B: np.ndarray) -> np.ndarray:
-    """How many of the others score at least as high: a tie falls against the target."""
-    return np.count_nonzero(scores_BN >= target_B[:, None], axis=1)
+    """How many of the others do not score below: a tie, and NaN, falls against the target."""
+    return np.count_nonzero(~(scores_BN < target_B[:, None]), axis=1)
 
 
 def gains(rank: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -38,13 +38,13 @@ def log_loss(labels: np.ndarray, probability: np.ndarray) -> float:
 
 
 def recall_at(scores_RN: np.ndarray, targets: list[np.ndarray], k: int = 50) -> np.ndarray:
-    """Per request with targets: share of its target columns among the k best scores. Ties fall against the target, so a
-    constant score earns nothing. Requests without targets give NaN."""
+    """Per request with targets: share of its target columns among the k best scores. Ties and NaN fall against the target, so
+    a constant score earns nothing. Requests without targets give NaN."""
     result = np.full(len(targets), np.nan)
     for row, target in enumerate(targets):
         if len(target):
             scores = scores_RN[row]
-            result[row] = np.mean([np.count_nonzero(scores >= scores[t]) <= k for t in target])
+            result[row] = np.mean([np.count_nonzero(~(scores < scores[t])) <= k for t in target])
     return result
 
 

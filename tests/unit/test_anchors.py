@@ -217,8 +217,7 @@ def test_crosses_start_as_the_hour_weighted_count(city: next_poi.City) -> None:
 
 def test_target_ranks_fall_against_the_target() -> None:
     assert next_poi.target_ranks(np.array([[1.0, 2.0, 2.0], [3.0, 0.0, 1.0]]), np.array([1, 0])).tolist() == [1, 0]
-    with pytest.raises(FloatingPointError, match="1 of 2 targets have no score"):
-        next_poi.target_ranks(np.array([[1.0, 2.0], [np.nan, 0.0]]), np.array([1, 0]))
+    assert next_poi.target_ranks(np.array([[1.0, 2.0], [np.nan, 0.0], [1.0, np.nan]]), np.array([1, 0, 0])).tolist() == [0, 1, 1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

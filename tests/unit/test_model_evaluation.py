@@ -61,6 +61,7 @@ def test_recall_counts_targets_among_the_best() -> None:
 def test_recall_of_a_constant_score_is_nothing() -> None:
     assert recall_at(np.zeros((1, 80)), [np.array([3])], 50)[0] == 0.0
     assert recall_at(np.zeros((1, 50)), [np.array([3])], 50)[0] == 1.0  # all are among the 50
+    assert recall_at(np.full((1, 80), np.nan), [np.array([3])], 50)[0] == 0.0  # and what has no score is not among the best
 
 
 def test_deviation_and_log_loss_by_hand() -> None:
