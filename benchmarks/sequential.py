@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from model.cascade.sasrec import SasRec
@@ -139,6 +140,11 @@ class Settings(Sizes):
     """Training positions in a batch, about: those of whole histories for SASRec, one a history for EGA-V1's encoder."""
     epochs: int = 100
     """At most."""
+    average: float = 0.998
+    """Of the weights over steps: the running mean keeps this share of itself a step, is what validation and test see, and is kept."""
+    left_out: float = 0.1
+    """Share of a history's items but the newest that EGA-V1's encoder does not see in training. (SASRec, which learns from all positions of one pass, would
+    lose them as targets.)"""
     patience: int = 5
     """Validations without a better NDCG@10 before training stops."""
     every: int = 2
@@ -209,7 +215,7 @@ class BehaviourEncoder(nn.Module):
         self.blocks = nn.ModuleList(
             ClusterBlock(width, 1, settings.heads, exact_up_to=settings.length, factor=1, qkv_activation="none", dropout=settings.dropout) for _ in range(settings.blocks)
         )
-        self.norm, self.dropout = nn.LayerNorm(width), nn.Dropout(settings.dropout)
+        self.norm, self.dropout, self.left_out = nn.LayerNorm(width), nn.Dropout(settings.dropout), settings.left_out
         with torch.no_grad():
             for table in (self.item, self.position):
                 table.weight.normal_(0.0, 1.0 / width)
@@ -218,6 +224,8 @@ class BehaviourEncoder(nn.Module):
     def forward(self, sequences_BL: Tensor) -> Tensor:
         """States [B, D] after right-aligned histories; a user without one gets that of padding."""
         columns = sequences_BL.shape[1]
+        if self.training:
+            sequences_BL = sequences_BL.masked_fill((torch.rand(sequences_BL.shape) < self.left_out) & (torch.arange(columns) < columns - 1), 0)
         x = self.dropout(self.item(sequences_BL) * math.sqrt(self.item.embedding_dim) + self.position.weight[-columns:])
         real = sequences_BL != 0
         real[:, -1] = True  # a row without any key has no softmax
@@ -281,26 +289,30 @@ def sampled_ranks(ranker: Any, data: Interactions, users: np.ndarray, held_out: 
 
 
 def fit(ranker: Any, data: Interactions, settings: Settings, seed: int) -> dict[str, Any]:
-    """Train with Adam, stop when the validation's NDCG@10 no longer rises, keep the best weights."""
+    """Train with Adam, stop when the validation's NDCG@10 of the averaged weights no longer rises, keep the best of these."""
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     users = np.flatnonzero(data.length >= 3)
     users = np.sort(rng.choice(users, min(settings.validation_users, len(users)), replace=False))
     negatives = draw_negatives(data, users, rng)
     optimiser = torch.optim.Adam(ranker.network.parameters(), settings.learning_rate, betas=(0.9, 0.98), fused=True)
+    network = ranker.network
+    averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(settings.average), use_buffers=True)
     best, kept, since, course = -1.0, None, 0, []
     started = time.perf_counter()
     with tqdm(range(1, settings.epochs + 1), desc=ranker.name, unit="epoch") as bar:
         for epoch in bar:
-            ranker.network.train()
+            ranker.network = network.train()
             total, count = 0.0, 0
             for loss in ranker.losses(rng):
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()
                 optimiser.step()
+                averaged.update_parameters(network)
                 total, count = total + float(loss.detach()), count + 1
             if epoch % settings.every and epoch != settings.epochs:
                 continue
+            ranker.network = averaged.module
             hit, ndcg = (float(x.mean()) for x in gains(sampled_ranks(ranker, data, users, 2, negatives)))
             course.append({"epoch": epoch, "loss": total / count, "hr": hit, "ndcg": ndcg})
             bar.set_postfix(loss=f"{total / count:.3f}", hr=f"{hit:.4f}", ndcg=f"{ndcg:.4f}")
@@ -310,6 +322,7 @@ def fit(ranker: Any, data: Interactions, settings: Settings, seed: int) -> dict[
                 since += 1
                 if since >= settings.patience:
                     break
+    ranker.network = averaged.module
     ranker.network.load_state_dict(kept)
     return {"epochs": epoch, "seconds": time.perf_counter() - started, "course": course}
 

@@ -205,10 +205,15 @@ def mean_and_deviation(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]
 
 
 def pooled(lifts: list[dict[str, float]]) -> dict[str, float]:
-    """Mean over seeds of paired differences that each have a 95 % interval, with the interval of that mean (seeds are independent markets)."""
-    mean = float(np.mean([lift["lift"] for lift in lifts]))
-    half = float(np.sqrt(np.sum([((lift["high"] - lift["low"]) / 2) ** 2 for lift in lifts])) / len(lifts))
-    return {"lift": mean, "low": mean - half, "high": mean + half, "seeds": len(lifts), "least": float(min(lift["lift"] for lift in lifts))}
+    """Mean over seeds of paired differences that each have a 95 % interval, with two intervals of that mean: `low` to `high` for these very markets and
+    models, by users (seeds are independent), and `markets_low` to `markets_high` for new ones, by seeds (Student's t)."""
+    from scipy.stats import t
+
+    values = np.array([lift["lift"] for lift in lifts])
+    mean, count = float(values.mean()), len(values)
+    half = float(np.sqrt(np.sum([((lift["high"] - lift["low"]) / 2) ** 2 for lift in lifts])) / count)
+    wide = float(t.ppf(0.975, count - 1) * values.std(ddof=1) / np.sqrt(count)) if count > 1 else float("nan")
+    return {"lift": mean, "low": mean - half, "high": mean + half, "markets_low": mean - wide, "markets_high": mean + wide, "seeds": count, "least": float(values.min())}
 
 
 def paired_recall(mine: pd.DataFrame, theirs: pd.DataFrame) -> dict[str, float]:
@@ -343,7 +348,7 @@ def table1(config: Path | None = None, data: Path | None = None, seeds: int = 5,
     differences = {name: pooled([each[name] for each in lifts]) for name in lifts[0]}
     return {
         **provenance(path, markets, minutes), "table": table, "summary": summary, "differences": differences,
-        "second_table": [{"EGA-V1": name, "mean": value["lift"], "95 % interval": f"{value['low']:+.4f} to {value['high']:+.4f}", "least of a seed": value["least"]} for name, value in differences.items()],
+        "second_table": [{"EGA-V1": name, "mean": value["lift"], "95 % interval, these markets": _range(value, "{:+.4f}"), "new markets": _range(value, "{:+.4f}", "markets_"), "least of a seed": value["least"]} for name, value in differences.items()],
         "per_seed": per_seed, "differences_per_seed": lifts, "paper": PAPER_TABLE1,
     }  # fmt: skip
 
@@ -406,10 +411,10 @@ def table2(config: Path | None = None, data: Path | None = None, seeds: int = 5,
     effects = {name: pooled([each[name] for each in lifts]) for name in lifts[0]}
     table = [
         {"model": name, **{COLUMNS[key]: _spread(value) for key, value in values.items()},
-         "true eRPM against the whole": "" if name == "ega_v1" else _lift(effects[name])}
+         "true eRPM against the whole": "" if name == "ega_v1" else _lift(effects[name]), "new markets": "" if name == "ega_v1" else _percents(effects[name], "markets_")}
         for name, values in summary.items()
     ]  # fmt: skip
-    return {**provenance(path, markets, minutes), "table": table, "summary": summary, "differences": effects, "per_seed": per_seed, "paper": PAPER_TABLE2}
+    return {**provenance(path, markets, minutes), "table": table, "summary": summary, "differences": effects, "per_seed": per_seed, "differences_per_seed": lifts, "paper": PAPER_TABLE2}
 
 
 PAPER_TABLE2 = {"ega_v1": {"erpm": 217.1, "ectr": 6.652}, "-gcf": {"erpm": 214.8, "ectr": 6.466}, "-mif": {"erpm": 212.5, "ectr": 6.389}, "-auf": {"erpm": 208.0, "ectr": 6.415}}
@@ -591,7 +596,16 @@ def sensitivity(config: Path | None = None, seeds: int = 1, quick: bool = False,
 
 
 def _lift(entry: dict[str, float]) -> str:
-    return f"{100 * entry['lift']:+.1f} % ({100 * entry['low']:+.1f} to {100 * entry['high']:+.1f})"
+    return f"{100 * entry['lift']:+.1f} % ({_percents(entry)})"
+
+
+def _percents(entry: dict[str, float], of: str = "") -> str:
+    return _range({key: 100 * value for key, value in entry.items()}, "{:+.1f}", of)
+
+
+def _range(entry: dict[str, float], form: str, of: str = "") -> str:
+    low, high = entry[f"{of}low"], entry[f"{of}high"]
+    return f"{form} to {form}".format(low, high) if np.isfinite(low) else "–"
 
 
 Table = Callable[..., dict[str, Any]]

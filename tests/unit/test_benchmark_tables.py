@@ -131,6 +131,9 @@ def test_what_has_a_course_or_intervals_is_drawn() -> None:
 def test_independent_seeds_are_pooled() -> None:
     found = tables.pooled([{"lift": 0.1, "low": 0.0, "high": 0.2}, {"lift": 0.3, "low": 0.0, "high": 0.6}])
     assert found["lift"] == pytest.approx(0.2) and found["high"] - 0.2 == pytest.approx(np.hypot(0.1, 0.3) / 2) and found["least"] == 0.1
+    # Student's t with one degree of freedom: 12.706 standard errors of .1.
+    assert found["markets_high"] - 0.2 == pytest.approx(1.2706, rel=1e-4) and found["markets_low"] == pytest.approx(0.2 - 1.2706, rel=1e-4)
+    assert np.isnan(tables.pooled([{"lift": 0.1, "low": 0.0, "high": 0.2}])["markets_low"])
 
 
 def test_a_table_of_online_changes_says_what_is_unknown() -> None:
