@@ -57,6 +57,7 @@ def test_the_page_of_results_holds_what_the_files_say(first: Path, tmp_path: Pat
     result = json.loads(first.read_text())
     assert "## Table 1: MCA, FS-LTR, EGA-V1" in page and "`ega bench table1 --quick --out results/table1.json`; seeds 7" in page
     assert result["table"][0]["AUC"] in page
+    assert f"![Table 1: MCA, FS-LTR, EGA-V1](../{first.parent.name}/table1.svg)" in page and "true eRPM over MCA, as published" in (first.parent / "table1.svg").read_text()
     for name, entry in result["differences"].items():
         side = "above zero" if entry["low"] > 0 else "below zero" if entry["high"] < 0 else "no difference shown"
         assert f"*{name}*" in next(line for line in page.splitlines() if line.startswith(f"- {side}: "))
@@ -64,6 +65,21 @@ def test_the_page_of_results_holds_what_the_files_say(first: Path, tmp_path: Pat
     assert orders(None) == ""
     with pytest.raises(FileNotFoundError, match="no results in .*; make some first, e.g. `ega bench table1"):
         write_results(tmp_path / "none", out)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "drawn"),
+    [("table2", ["ega_v1", "-gcf", "-mif", "-auf"], "-mif"), ("table3", [*tables.TABLE3, "EGA-V1, no crosses", "MCA, no crosses", *tables.TRUTHS], "late fusion"),
+     ("scaling", ["m", "m", "m_e", "m_e"], "AUC over m"), ("sensitivity", ["as configured", *tables.CASCADES], "recall 100, pre-ranking 50, true revenue")],
+)  # fmt: skip
+def test_the_other_tables_have_a_row_for_every_variant_and_a_plot(name: str, rows: list[str], drawn: str, tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    out = tmp_path / f"{name}.json"
+    assert bench(name, out, quick=True) == 0
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+    result = json.loads(out.read_text())
+    assert [next(iter(row.values())) for row in result["table"]] == rows and f"<!-- {drawn} -->" in out.with_suffix(".svg").read_text()
 
 
 def test_the_auc_difference_is_paired_by_user() -> None:
