@@ -158,15 +158,19 @@ def lines_svg(series: dict[str, list[float]], x: str, y: str, ticks: list[str] |
     return _svg(figure)
 
 
-def intervals_svg(entries: dict[str, tuple[float, float, float]], x: str) -> str:
-    """Named (value, low, high) from top to bottom, with a line at 0."""
-    figure, axes = _axes(6.4, 0.6 + 0.3 * len(entries))
+def intervals_svg(entries: dict[str, tuple[float, float, float]], x: str, wider: dict[str, tuple[float, float]] | None = None) -> str:
+    """Named (value, low, high) from top to bottom, with a line at 0; thin lines behind for those with a `wider` interval too."""
+    figure, axes = _axes(6.4, 0.7 + 0.3 * len(entries))
     at = np.arange(len(entries))[::-1]
     value, low, high = np.array(list(entries.values())).T
+    for place, name in zip(at, entries, strict=True):
+        if wider and name in wider:
+            axes.plot(wider[name], (place, place), color="#999", lw=0.9, zorder=1)
     axes.errorbar(value, at, xerr=[value - low, high - value], fmt="o", color="#2f6db5", ms=4, capsize=2)
     axes.axvline(0.0, color="#888", lw=0.8)
     axes.set_yticks(at, list(entries), fontsize=8)
-    axes.set_xlabel(x)
+    axes.set_ylim(-0.7, len(entries) - 0.3)
+    axes.set_xlabel(x, fontsize=9)
     return _svg(figure)
 
 
