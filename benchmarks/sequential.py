@@ -137,7 +137,9 @@ class Settings(Sizes):
     negatives: int = 512
     """S, uniform negatives that all positions of a batch share."""
     positions: int = 2048
-    """Training positions in a batch, about: those of whole histories for SASRec, one a history for EGA-V1's encoder."""
+    """Training positions in a batch, about: those of whole histories for SASRec, one a history for EGA-V1's encoder. Of histories longer than 50 items fewer."""
+    tokens: int = 2_500_000
+    """Items that an epoch reads at most: of larger files either model learns from a random part of the positions, another one every epoch."""
     epochs: int = 100
     """At most."""
     average: float = 0.998
@@ -169,10 +171,18 @@ def batches_by_length(length: np.ndarray, trained: np.ndarray, positions: int, r
     position then counts alike."""
     order = np.lexsort([rng.random(len(length)), length])
     order = order[length[order] > 0]
-    chunk = np.cumsum(trained[order]) // positions
+    chunk = np.cumsum(np.maximum(trained, length / 50)[order]) // positions
     parts = np.split(order, np.flatnonzero(np.diff(chunk)) + 1)
     for number in rng.permutation(len(parts)):
         yield parts[number]
+
+
+def a_part(tokens: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
+    """Rows of `most` tokens together, at random; all rows where that is enough."""
+    if tokens.sum() <= most:
+        return np.arange(len(tokens))
+    order = rng.permutation(len(tokens))
+    return order[np.cumsum(tokens[order]) <= most]
 
 
 class SasRecRanker:
@@ -185,10 +195,12 @@ class SasRecRanker:
         self.network = SasRec(data.count + 1, settings.width, settings.blocks, settings.heads, settings.length, settings.dropout)
 
     def losses(self, rng: np.random.Generator) -> Iterator[Tensor]:
-        """One epoch: every training position once, T positions a batch."""
+        """One epoch: every training position once (`Settings.tokens`), T positions a batch."""
         data, settings = self.data, self.settings
         users = np.flatnonzero(training_length(data) >= 2)
         positions = np.minimum(training_length(data)[users] - 1, settings.length)
+        part = a_part(positions, settings.tokens, rng)
+        users, positions = users[part], positions[part]
         for rows in batches_by_length(positions, positions, settings.positions, rng):
             longest = int(positions[rows].max())
             sequence = torch.from_numpy(history(data, users[rows], longest + 1))
@@ -245,13 +257,15 @@ class BehaviourRanker:
         self.network = BehaviourEncoder(data.count, settings)
 
     def losses(self, rng: np.random.Generator) -> Iterator[Tensor]:
-        """One epoch: every training position once, each after its own history, since these blocks see a history whole."""
+        """One epoch: every training position once (`Settings.tokens`), each after its own history, since these blocks see a history whole."""
         data, settings = self.data, self.settings
         positions = np.maximum(training_length(data) - 1, 0)
         first = np.cumsum(positions) - positions
         user = np.repeat(np.arange(data.users), positions)
         end = data.start[user] + 1 + np.arange(len(user)) - first[user]
         length = np.minimum(end - data.start[user], settings.length)
+        part = a_part(length, settings.tokens, rng)
+        user, end, length = user[part], end[part], length[part]
         for rows in batches_by_length(length, np.ones(len(length)), settings.positions, rng):
             at = end[rows, None] + np.arange(-int(length[rows].max()), 0)
             state = self.network(torch.from_numpy(np.where(at >= data.start[user[rows], None], data.items[at.clip(min=0)], 0)))
@@ -363,7 +377,7 @@ MODELS = {"SASRec": SasRecRanker, "EGA-V1 encoder": BehaviourRanker}
 def sequential(data: Path, seed: int = 0, quick: bool = False) -> dict[str, Any]:
     """HR@10 and NDCG@10 of SASRec and of EGA-V1's encoder on the last item of every user, among 100 sampled negatives and among all items."""
     interactions = read_interactions(data)
-    settings = QUICK if quick else SETTINGS
+    settings = QUICK if quick else settings_for(interactions)
     rng = np.random.default_rng([seed, 1])
     users = np.flatnonzero(interactions.length >= 3)
     if not len(users):
@@ -396,5 +410,19 @@ def sequential(data: Path, seed: int = 0, quick: bool = False) -> dict[str, Any]
 
 MEASURES = ("HR@10 of 101", "NDCG@10 of 101", "HR@10 of all", "NDCG@10 of all")
 SETTINGS = Settings(epochs=48, patience=4)
-"""Of both models. Sized for about half an hour on two quiet cores."""
+"""Of both models. Sized for about half an hour on two quiet cores, two for large or dense files."""
+
+
+def settings_for(data: Interactions) -> Settings:
+    """SETTINGS with more epochs where there are few positions to learn from; where users have many items, as Kang & McAuley (2018) chose for such data
+    (MovieLens): histories of 200, dropout .2."""
+    positions = int(np.maximum(training_length(data) - 1, 0).sum())
+    settings = replace(SETTINGS, epochs=max(SETTINGS.epochs, math.ceil(POSITIONS / max(positions, POSITIONS // 1000))))
+    return replace(settings, length=200, dropout=0.2) if data.length.mean() >= DENSE else settings
+
+
+DENSE = 50
+"""Items a user, on average, from which a file is dense."""
+POSITIONS = 9_000_000
+"""Training positions that a model passes at least, if its validation goes on rising, or 1,000 epochs."""
 QUICK = replace(Settings(), width=8, blocks=1, length=10, epochs=1, validation_users=100, full_ranking_users=100)

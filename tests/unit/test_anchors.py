@@ -48,6 +48,22 @@ def test_interactions_are_read_in_order_whatever_their_names(tmp_path: Path) -> 
     np.testing.assert_array_equal(data.start, [0, 2, 4])
 
 
+def test_settings_follow_the_file(ring: sequential.Interactions) -> None:
+    """As published for sparse and for dense files; the same work for small ones; an epoch of a large one is bounded for both models."""
+    assert sequential.settings_for(ring).length == 50 and sequential.settings_for(ring).epochs > sequential.SETTINGS.epochs
+    dense = sequential.Interactions(np.arange(60 * 100) % 90 + 1, np.arange(61) * 100, 90)
+    settings = sequential.settings_for(dense)
+    assert (settings.length, settings.dropout) == (200, 0.2)
+    settings = replace(settings, width=4, blocks=1, tokens=900, negatives=8)
+    for name, bound in (("SASRec", 98), ("EGA-V1 encoder", 98)):
+        ranker, seen = sequential.MODELS[name](dense, settings), []
+        handle = ranker.network.register_forward_hook(lambda _, given, __: seen.append(int((given[0] != 0).sum())))  # noqa: B023
+        for _ in ranker.losses(np.random.default_rng(0)):
+            pass
+        handle.remove()
+        assert 900 - bound <= sum(seen) <= 900
+
+
 @pytest.mark.parametrize("text", ["1 2 3\n4 5 6\n", "1\n2\n"])
 def test_other_files_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "interactions.txt").write_text(text)
