@@ -154,7 +154,7 @@ def lines_svg(series: dict[str, list[float]], x: str, y: str, ticks: list[str] |
         axes.plot(values, label=name, lw=1.8)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, **({"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if len(series) > 4 else {}))  # many names would cover the lines
     return _svg(figure)
 
 
