@@ -25,7 +25,7 @@ SECTIONS: dict[str, tuple[str, str]] = {
     "table3": ("Table 3: cross features and mid-fusion", "Dev is that of the set-aware pCTR on shown ads; the plot shows where it comes from. *Market's truth*: the market's own click probabilities, which bound every model, and the same without what an ad's substitutes in its city do to it, which bound a model blind to other ads. In the paper explicit crosses are worth .003 of AUC to EGA-V1; here counts of the user's own visits are most of what a model of this size learns from logs of this length."),
     "table4": ("Table 4: the online A/B test", "Paper: CTR +5.2 %, RPM +13.6 %, ROI +3.1 %, response time +2.2 %. Both models approved by the gates, served over HTTP to simulated users of one world; *true* changes are those of the pages really shown, by the market's click probabilities. Bids are truthful throughout: under GSP no advertiser would keep bidding so, which flatters the MCA arm of the last comparison. Protocol: [measuring.md](measuring.md)."),
     "scaling": ("Figure 5: scaling", "Paper: rising in m and m_e, with diminishing returns. Each point is a training of its own with the same steps, AUC on sampled candidates, value by its own evaluation evaluator. In this market AUC does not rise with m: some thousand requests of a small city hold no more than one block learns, and deeper networks only train more slowly. Read steps of a few per cent of value as another training's luck (`--seeds`)."),
-    "sensitivity": ("What the headline rests on", "EGA-V1 over MCA, both at critical prices, in truth, with one knob turned at a time."),
+    "sensitivity": ("What the headline rests on", "EGA-V1 over MCA, both at critical prices, in truth, with one knob turned at a time. One market and one training a row: rows of the same market (the first three) compare, across markets what differs by a few per cent is chance. The gain in revenue is largely what a cascade's narrow stages throw away: it grows as they narrow and shrinks as they widen. Where values hardly differ none is left. Welfare rises under every knob."),
     "v2": ("EGA (V2) on whole pages", "Paper (V2): EGA 230.4, GR 206.7, cascade 192.5; without multi-token prediction 225.5, single-stage 218.2, mean bids 222.9. Ads with three creatives among five organic results, judged by the market's truth; every policy charges GSP for truthful bids, and beside it truthful prices. Differences are EGA (V2)'s over the policy named. Notes: [ega_v2.md](ega_v2.md)."),
     "flops": ("Appendix A.1: cost of a request", "Counted on the network; Eq. 30 to 32 beside. Eq. 31 leaves out the projections of queries, keys and values, which are most of MIF's cost."),
     "sequential": ("SASRec and EGA-V1's encoder on published data", "Published for SASRec on Amazon Video Games, 100 sampled negatives: HR@10 .744, NDCG@10 .538. Protocol: [measuring.md](measuring.md)."),
@@ -102,7 +102,9 @@ def _numbers(row: dict[str, Any]) -> dict[str, Any]:
 def command_of(result: dict[str, Any], path: Path) -> str:
     """The command and what it ran on, in one line."""
     seeds = f"; seeds {', '.join(map(str, result['seeds']))}" if result.get("seeds") else ""
-    spent = f"; {result['minutes']:.0f} minutes on {result['threads']} threads" if result.get("minutes") is not None else ""
+    threads = f"{result.get('threads')} thread{'' if result.get('threads') == 1 else 's'}"
+    where = f"{result['processors']} processors, {threads} a model" if result.get("processors") else threads
+    spent = f"; {result['minutes']:.0f} minutes on {where}" if result.get("minutes") is not None else ""
     commit = f"; commit {result['git_commit'][:7]}" if result.get("git_commit") else ""
     return f"`{result.get('command') or 'ega bench ' + result['name']} --out results/{path.name}`{seeds}{spent}{commit}"
 
