@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -162,8 +162,6 @@ def side_by_side(path: Path, tasks: dict[str, Callable[[], dict[str, Any]]], kee
 
 def _run_tasks(tasks: dict[str, Callable[[], dict[str, Any]]], threads: int) -> Iterator[tuple[str, dict[str, Any], float]]:
     """Name, result and minutes of each task as it ends."""
-    from serving.backend import end_with_parent
-
     at_once = min(len(tasks), (os.cpu_count() or 1) // threads)
     if at_once <= 1:
         for name, task in tasks.items():
@@ -173,24 +171,33 @@ def _run_tasks(tasks: dict[str, Callable[[], dict[str, Any]]], threads: int) -> 
     before = {name: os.environ.get(name) for name in settings}
     os.environ |= settings
     # A fork would inherit the threads' locks, not the threads.
-    pool = ProcessPoolExecutor(at_once, get_context("spawn"), end_with_parent, (signal.SIGTERM,))
+    pool = ProcessPoolExecutor(at_once, get_context("spawn"), _end_at_once)
     try:
-        waiting = {pool.submit(_timed, task): name for name, task in tasks.items()}
-        failure = None
-        for done in as_completed(waiting):
-            if done.cancelled():
-                continue
-            if (error := done.exception()) is None:
-                yield waiting[done], *done.result()
-            else:  # what runs beside it ends and is kept, what waits does not begin
-                failure = failure or error
-                pool.shutdown(wait=False, cancel_futures=True)
+        waiting, running, failure = list(tasks.items()), {}, None
+        while running or (waiting and failure is None):
+            while waiting and failure is None and len(running) < at_once:  # no more than that: the pool would begin what it holds, whatever happened
+                name, task = waiting.pop(0)
+                running[pool.submit(_timed, task)] = name
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                name = running.pop(done)
+                if (error := done.exception()) is None:
+                    yield name, *done.result()
+                else:  # what runs beside it ends and is kept
+                    failure = failure or error
         if failure is not None:
             raise failure
     finally:
         pool.shutdown(cancel_futures=True)
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _end_at_once() -> None:
+    """In a process of its own: Ctrl-C ends it, and so does the end of the one that started it."""
+    from serving.backend import end_with_parent
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_with_parent(signal.SIGTERM)
 
 
 def _timed(task: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], float]:
