@@ -167,29 +167,31 @@ def _run_tasks(tasks: dict[str, Callable[[], dict[str, Any]]], threads: int) -> 
         for name, task in tasks.items():
             yield name, *_timed(task)
         return
-    settings = {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}  # bars of several processes would overwrite each other
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ |= settings
-    # A fork would inherit the threads' locks, not the threads.
-    pool = ProcessPoolExecutor(at_once, get_context("spawn"), _end_at_once)
-    try:
-        waiting, running, failure = list(tasks.items()), {}, None
-        while running or (waiting and failure is None):
-            while waiting and failure is None and len(running) < at_once:  # no more than that: the pool would begin what it holds, whatever happened
-                name, task = waiting.pop(0)
-                running[pool.submit(_timed, task)] = name
-            for done in wait(running, return_when=FIRST_COMPLETED).done:
-                name = running.pop(done)
-                if (error := done.exception()) is None:
-                    yield name, *done.result()
-                else:  # what runs beside it ends and is kept
-                    failure = failure or error
-        if failure is not None:
-            raise failure
-    finally:
-        pool.shutdown(cancel_futures=True)
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    with tempfile.TemporaryDirectory(prefix="ega-tables-") as folder:  # around those of the tasks: what a killed one leaves goes too
+        # Bars of several processes would overwrite each other.
+        settings = {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1", "TMPDIR": folder}
+        before = {name: os.environ.get(name) for name in settings}
+        os.environ |= settings
+        # A fork would inherit the threads' locks, not the threads.
+        pool = ProcessPoolExecutor(at_once, get_context("spawn"), _end_at_once)
+        try:
+            waiting, running, failure = list(tasks.items()), {}, None
+            while running or (waiting and failure is None):
+                while waiting and failure is None and len(running) < at_once:  # no more than that: the pool would begin what it holds, whatever happened
+                    name, task = waiting.pop(0)
+                    running[pool.submit(_timed, task)] = name
+                for done in wait(running, return_when=FIRST_COMPLETED).done:
+                    name = running.pop(done)
+                    if (error := done.exception()) is None:
+                        yield name, *done.result()
+                    else:  # what runs beside it ends and is kept
+                        failure = failure or error
+            if failure is not None:
+                raise failure
+        finally:
+            pool.shutdown(cancel_futures=True)
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def _end_at_once() -> None:
