@@ -76,7 +76,10 @@ def read_interactions(data: Path) -> Interactions:
         path = found[0]
     elif not data.is_file():
         raise FileNotFoundError(f"{data} is neither a file nor a folder; --data names the folder that holds interactions.txt.gz")
-    table = pd.read_csv(path, sep=r"\s+", header=None, dtype=str, comment="#")
+    try:
+        table = pd.read_csv(path, sep=r"\s+", header=None, dtype=str, comment="#")
+    except pd.errors.EmptyDataError:
+        raise ValueError(f"{path} is empty; it must hold lines `user item` in time order") from None
     if table.shape[1] != 2 or bool(table.isna().any(axis=None)):
         raise ValueError(f"{path}: every line must be `user item`, separated by white space; found {table.shape[1]} columns")
     user, _ = pd.factorize(table[0])

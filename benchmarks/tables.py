@@ -38,6 +38,10 @@ ROOT = Path(__file__).resolve().parent.parent
 DEFAULT, QUICK = ROOT / "config" / "tables.yaml", ROOT / "config" / "ci.yaml"
 
 
+Task = partial[dict[str, Any]]
+"""Some work of a table: a function of a module with its arguments, so that another process can do it."""
+
+
 @dataclass(frozen=True)
 class Market:
     """One seed's world with its logs sampled, and a folder for what is trained on them."""
@@ -136,31 +140,40 @@ def seeds_of(first: int, count: int) -> list[int]:
     return list(range(first, first + count))
 
 
-def side_by_side(path: Path, tasks: dict[str, Callable[[], dict[str, Any]]], keep: Path | None) -> tuple[list[dict[str, Any]], float]:
+def side_by_side(path: Path, tasks: dict[str, Task], keep: Path | None) -> tuple[list[dict[str, Any]], float]:
     """What every task gives, in their order, and the minutes that all took. As many run at a time, each in a process of its own, as the processors hold at
     the configuration's threads: what is trained does not depend on it. In the folder `keep` each is written down as it ends, so that a stopped table goes
-    on where it was: what the same configuration and code gave is taken from there. A task is a function of a module with its arguments (`functools.partial`)."""
+    on where it was: what the same configuration, code and arguments gave is taken from there."""
     from model.bundle import write_atomic
     from model.evaluation.evaluate import finite_only
     from pipelines.config import load_run_config
     from pipelines.version import code_version
 
-    of = {"config": path.read_text(), "code_version": code_version()}
+    config, code = path.read_text(), code_version()
+    of = {name: {"config": config, "code_version": code, "task": [task.func.__name__, *map(str, task.args)]} for name, task in tasks.items()}
     found, minutes, started = {}, 0.0, time.monotonic()
-    for name in tasks:
-        file = None if keep is None else keep / f"{name}.json"
-        if file is not None and file.is_file() and (record := json.loads(file.read_text()))["of"] == of:
-            say(f"{name}: from {file}")
+    for name in tasks if keep is not None else ():
+        if (record := _kept(keep / f"{name}.json", of[name])) is not None:
+            say(f"{name}: from {keep / name}.json")
             found[name] = record["found"]
             minutes += record["minutes"]
     for name, result, took in _run_tasks({name: task for name, task in tasks.items() if name not in found}, load_run_config(path).training.threads):
         found[name] = result
         if keep is not None:
-            write_atomic(keep / f"{name}.json", json.dumps({"of": of, "minutes": took, "found": finite_only(result)}).encode())
+            write_atomic(keep / f"{name}.json", json.dumps({"of": of[name], "minutes": took, "found": finite_only(result)}).encode())
     return [found[name] for name in tasks], minutes + (time.monotonic() - started) / 60
 
 
-def _run_tasks(tasks: dict[str, Callable[[], dict[str, Any]]], threads: int) -> Iterator[tuple[str, dict[str, Any], float]]:
+def _kept(file: Path, of: dict[str, Any]) -> dict[str, Any] | None:
+    """What was written down of this very work; None where there is nothing, something else, or something damaged: it is then done again."""
+    try:
+        record = json.loads(file.read_text())
+        return record if record["of"] == of and {"found", "minutes"} <= set(record) else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _run_tasks(tasks: dict[str, Task], threads: int) -> Iterator[tuple[str, dict[str, Any], float]]:
     """Name, result and minutes of each task as it ends."""
     at_once = min(len(tasks), (os.cpu_count() or 1) // threads)
     if at_once <= 1:
@@ -202,7 +215,7 @@ def _end_at_once() -> None:
     end_with_parent(signal.SIGTERM)
 
 
-def _timed(task: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], float]:
+def _timed(task: Task) -> tuple[dict[str, Any], float]:
     started = time.monotonic()
     return task(), (time.monotonic() - started) / 60
 

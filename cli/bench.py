@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,11 @@ def bench(name: str, out: Path | None = None, plot: Path | None = None, **option
         raise ValueError(f"benchmark {name} takes no --{wrong[0].replace('_', '-')}" + (f"; only {', '.join(others)} can" if others else ""))
     if "run" in takes and "run" not in given:
         raise ValueError(f"benchmark {name} measures a finished run: add --run RUN, e.g. the folder that `ega run config/quickstart.yaml` wrote")
+    for file in (out, plot):  # a measurement may take an hour
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if file.is_dir() or not os.access(file.parent, os.W_OK):
+                raise ValueError(f"{file} cannot be written; name another file")
     shown = "".join(f" --{option.replace('_', '-')}" + ("" if value is True else f" {value}") for option, value in given.items())
     if out is not None and "keep" in takes:
         given["keep"] = out.with_suffix(".seeds")

@@ -48,6 +48,12 @@ def test_interactions_are_read_in_order_whatever_their_names(tmp_path: Path) -> 
     np.testing.assert_array_equal(data.start, [0, 2, 4])
 
 
+def test_an_empty_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "interactions.txt").write_text("")
+    with pytest.raises(ValueError, match=r"interactions.txt is empty; it must hold lines"):
+        sequential.read_interactions(tmp_path)
+
+
 def test_settings_follow_the_file(ring: sequential.Interactions) -> None:
     """As published for sparse and for dense files; the same work for small ones; an epoch of a large one is bounded for both models."""
     assert sequential.settings_for(ring).length == 50 and sequential.settings_for(ring).epochs > sequential.SETTINGS.epochs

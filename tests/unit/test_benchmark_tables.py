@@ -136,6 +136,20 @@ def test_seeds_run_side_by_side_and_a_stopped_table_goes_on_where_it_was(tmp_pat
     assert tables.side_by_side(config, {"b": done["b"]}, kept)[0] == [{"value": 2.0}]
 
 
+def test_kept_work_of_other_arguments_or_damaged_is_done_again(tmp_path: Path) -> None:
+    """The same name is not the same work: other data, or --quick before the whole."""
+    for value in (1, 2, 2):
+        assert tables.side_by_side(tables.QUICK, {"a": partial(dict, [("value", value)])}, tmp_path)[0] == [{"value": value}]
+    for text in ("", "[]", '{"of": {}}', '{"of"'):
+        (tmp_path / "a.json").write_text(text)
+        assert tables.side_by_side(tables.QUICK, {"a": partial(dict, [("value", 2)])}, tmp_path)[0] == [{"value": 2}]
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be written; name another file"):
+        bench("table1", tmp_path, quick=True)
+
+
 def test_what_has_a_course_or_intervals_is_drawn() -> None:
     lift = {"lift": 0.1, "low": 0.05, "high": 0.2}
     for result, shown in (({"series": {"a line": [1.0, 2.0]}, "axes": ("blocks", "%", ["1", "2"])}, "a line"), ({"differences": {"over MCA": {"GSP": lift}}}, "over MCA, GSP")):
