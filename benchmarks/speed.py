@@ -103,6 +103,7 @@ def oracle(requests: int = 1_000, ads: int = 3_000, slots: int = 5) -> dict[str,
     rng = np.random.default_rng(0)
     gain, continuation = rng.beta(2, 30, (requests, ads)) * rng.lognormal(0, 0.85, ads), rng.uniform(0.5, 0.97, (requests, ads))
     return {
+        "requests": requests, "ads": ads,
         "best_pages_seconds": _seconds(lambda: best_pages(gain, continuation, slots), 1),
         "with_vcg_seconds": _seconds(lambda: vcg_revenue(gain, continuation, slots), 1),
     }
