@@ -58,18 +58,21 @@ class Prerank(nn.Module):
 
 
 class SlotEvaluator(nn.Module):
-    """What a cascade believes of a page: each ad's own logit and a term of its slot, whatever else is shown."""
+    """What a cascade believes of a page: each ad's own logit and a term of its slot, whatever else is shown.
+
+    `slot` [2, K] holds the terms of clicks and of purchases (`Cascade.freeze_slots`).
+    """
 
     def __init__(self, slots: int) -> None:
         super().__init__()
-        self.register_buffer("slot", torch.zeros(slots))
+        self.register_buffer("slot", torch.zeros(2, slots))
 
     def forward(
         self, h_BKD: Tensor, codes_BK2: Tensor, user_BD: Tensor, click_logit_BK: Tensor, purchase_logit_BK: Tensor, mask_BK: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Logits of pCTR and pCVR, [B, K] each; the arguments of `Evaluator`."""
-        term = self.slot[: click_logit_BK.shape[1]]
-        return click_logit_BK + term, purchase_logit_BK + term
+        click, purchase = self.slot[:, : click_logit_BK.shape[1]]
+        return click_logit_BK + click, purchase_logit_BK + purchase
 
 
 class Cascade(RankingModel):
@@ -148,4 +151,4 @@ class Cascade(RankingModel):
     @torch.no_grad()
     def freeze_slots(self) -> None:
         """Hand the slot terms that ranking learned to the evaluator, not rising down the page: prices need an order that pays."""
-        self.evaluator.slot.copy_(torch.cummin(self.slot_logits(), 0).values)
+        self.evaluator.slot.copy_(torch.cummin(self.slot_logits(), 0).values.expand(2, -1))

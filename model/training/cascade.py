@@ -86,8 +86,19 @@ def train_tower(network: Cascade, samples: Samples, config: TowerConfig, stage: 
 def rank_stage(network: Cascade, samples: Samples, config: PretrainConfig, folder: Path, device: Device, fingerprint: dict[str, Any]) -> StageResult:
     """DIN by the loss, the data and the budget of EGA-V1's stage 1."""
     result = pretrain(network, samples, config, folder, device, fingerprint)
-    network.freeze_slots()
+    level_in_slots(network, samples, config.calibration_requests)
     return result
+
+
+@torch.no_grad()
+def level_in_slots(network: Cascade, samples: Samples, seen_in_city: int) -> None:
+    """Freeze the slots' terms, at the level where mean pCTR in the slots equals CTR on validation days.
+
+    Prices and predicted revenue read q in its slot, and where better ads stand in better slots its mean is above that of q alone,
+    which `pretrain` levels. Purchases keep the terms that they were learned with.
+    """
+    network.freeze_slots()
+    network.evaluator.slot[0] += intercept_shift(network, samples, samples.split_rows(schema.VALIDATION), seen_in_city, network.evaluator.slot[0])
 
 
 CLICKED, SHOWN, RANKED_HIGH, RANKED_LOW, COARSE, PRERANK_NEGATIVE = 6, 5, 4, 3, 2, 1
@@ -165,6 +176,7 @@ def train_relabel(
     validation = samples.split_rows(schema.VALIDATION)
     scale_clicks(network, samples, validation)
     network.shift_click_level(intercept_shift(network, samples, validation, pretraining.calibration_requests))
+    level_in_slots(network, samples, pretraining.calibration_requests)
     return result
 
 

@@ -295,8 +295,10 @@ def level_for(logits: np.ndarray, rate: float) -> float:
     return (low + high) / 2
 
 
-def intercept_shift(network: RankingModel, samples: Samples, rows: np.ndarray, seen_in_city: int) -> float:
+def intercept_shift(network: RankingModel, samples: Samples, rows: np.ndarray, seen_in_city: int, slot_K: Tensor | None = None) -> float:
     """What to add to the set-aware click logits so that mean pCTR equals CTR on exposed ads, seen among the whole city as in serving.
+
+    With `slot_K`, terms that every slot adds to them, it is the mean pCTR in the slots where the ads were shown.
 
     `rows` are validation requests: what a model says of pages that it was trained on is some per cent lower than what it says of
     new ones (noise in a logit raises the mean of a small probability), and histories grow with time. Two steps, because clicks
@@ -306,13 +308,14 @@ def intercept_shift(network: RankingModel, samples: Samples, rows: np.ndarray, s
     """
     if len(rows) == 0:
         return 0.0
+    slot = torch.zeros(samples.slots) if slot_K is None else slot_K
     sampled = encode_exposed(network, samples, rows)
-    logits = sampled["click_logit"][sampled["mask"]].double().numpy()
-    first = level_for(logits, float(sampled["click"][sampled["mask"]].double().mean()))
+    logit, mask = (sampled["click_logit"] + slot).double(), sampled["mask"]
+    first = level_for(logit[mask].numpy(), float(sampled["click"][mask].double().mean()))
     few = spread(np.arange(len(rows)), seen_in_city)
-    among_sampled = float(torch.sigmoid(sampled["click_logit"][few][sampled["mask"][few]].double() + first).mean())
+    among_sampled = float(torch.sigmoid(logit[few][mask[few]] + first).mean())
     city = encode_exposed(network, samples, np.sort(rows)[few], whole_city=True)
-    return level_for(city["click_logit"][city["mask"]].double().numpy(), among_sampled)
+    return level_for((city["click_logit"] + slot).double()[city["mask"]].numpy(), among_sampled)
 
 
 def logged_pages(pool: Pool, samples: Samples) -> np.ndarray:

@@ -26,7 +26,7 @@ from model.kinds import STAGES, create, previous_stage
 from model.training.cascade import pairwise_loss, priorities, scale_clicks, tower_loss
 from model.training.data import Samples
 from model.training.run import load_final, load_stage, train_stage
-from model.training.stages import encode_city, encode_exposed
+from model.training.stages import encode_city, encode_exposed, intercept_shift
 
 
 def tiny_cascade(seed: int = 0, **change: object) -> Cascade:
@@ -225,6 +225,19 @@ def test_scaling_gives_the_pairwise_score_the_level_of_clicks(trained: SimpleNam
         last.weight *= -1
     with pytest.raises(ValueError, match="clicks of the validation days fall where the ranking score rises"):
         scale_clicks(network, trained.samples, rows)
+
+
+def test_pctr_in_the_slots_has_the_level_of_clicks(trained: SimpleNamespace) -> None:
+    """Of validation days, as they were shown and among the whole city: MCA's after ranking, FS-LTR's after its labels."""
+    samples, rows = trained.samples, trained.samples.split_rows(schema.VALIDATION)
+    for stage in ("pretrain", "relabel"):
+        network = load_stage(stage, samples, CASCADE, trained.stages, 5)
+        clicks, purchases = network.evaluator.slot
+        assert abs(intercept_shift(network, samples, rows, TRAINING.pretrain.calibration_requests, clicks)) < 1e-4
+        assert abs(intercept_shift(network, samples, rows, TRAINING.pretrain.calibration_requests)) < 1e-4  # q alone has its own
+        terms = network.slot_logits()
+        assert (purchases.diff() <= 0).all() and purchases[0] == terms[0]
+        torch.testing.assert_close(clicks - clicks[0], purchases - purchases[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
