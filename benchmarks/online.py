@@ -32,6 +32,10 @@ PAPER_TABLE4 = {"ctr": 5.2, "rpm": 13.6, "roi": 3.1, "response_ms": 2.2}
 AA_REQUESTS = 3000
 """Requests of the A/A test before: enough to find a broken split or log, and short."""
 
+GATED_REQUESTS = 10000
+"""Test requests on which the gates judge revenue, of the default configuration: the other tables' 800 leave an interval of +-4 % around a lift whose
+lower bound must exceed -1 %."""
+
 CONTROL, TREATMENT = "control", "ega"
 
 
@@ -62,6 +66,8 @@ def table4(drive: Drive, config: Path | None = None, data: Path | None = None, s
 
     path, started = config or (QUICK if quick else DEFAULT), time.monotonic()
     setting = load_run_config(path, seed=seed)
+    if config is None:
+        setting = replace(setting, evaluation=replace(setting.evaluation, requests=GATED_REQUESTS))
     if setting.world is None:
         raise ValueError(f"{path} names no world; an A/B test needs users, and a truth to compare with")
     with tempfile.TemporaryDirectory(prefix="ega-table4-") as folder, contextlib.redirect_stdout(sys.stderr):

@@ -585,12 +585,11 @@ class RankingModel(nn.Module, ABC):
         return slope.exp() * logit + self.unexposed_start[task] + level + bend.exp() * F.softplus(logit - self.unexposed_knee + knee)
 
     @torch.no_grad()
-    def shift_click_level(self, shift: float) -> None:
-        """Add `shift` to every click logit without moving what is predicted of unexposed ads."""
-        slope = torch.exp(self.UNEXPOSED_GAIN * self.unexposed[0, 0])
-        self.click_head.rest.layers[-1].bias += shift
-        self.unexposed[0, 1] -= slope * shift / self.UNEXPOSED_GAIN
-        self.unexposed[0, 3] -= shift / self.UNEXPOSED_GAIN
+    def scale_clicks(self, slope: float, level: float) -> None:
+        """Multiply every click logit by `slope` and add `level`. What was learned of unexposed ads (`unexposed_logits`) has done its work then."""
+        last = self.click_head.rest.layers[-1]
+        last.weight.mul_(slope)
+        last.bias.mul_(slope).add_(level)
 
     def enter_stage(self, stage: str) -> list[nn.Parameter]:
         """Freeze all but the stage's parameters; returns those. Dice statistics move where their own layers learn and never again."""

@@ -171,7 +171,7 @@ def train_reward(
 def _set_level(model: RewardModel, read: Callable[[np.ndarray], tuple[Tensor, Rewards, LoggedPages]], rows: np.ndarray, batch: int) -> None:
     """Shift the logit of clicks so that predictions on the ads of `rows` sum to their clicks: prices multiply them. As of EGA-V1's evaluators the level
     stands on days that trained nothing else; rows without a click leave it as it is."""
-    from model.training.stages import level_for  # here: that file reads this one's configuration
+    from model.training.calibration import level_for  # here: it needs scipy, which the service goes without
 
     logits, clicks = [], 0.0
     for start in range(0, len(rows), batch):

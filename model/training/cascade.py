@@ -5,20 +5,20 @@ Shape letters: B requests, M sampled candidates, N ads of a city.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import expit
-from scipy.special import logit as logit_of
 from torch import Tensor
 from torch.nn import functional as F
 
 from marketplace import schema
 from model.cascade.network import TOWERS, Cascade
 from model.evaluation.metrics import recall_at
+from model.training.calibration import SLOPE_SPREAD
 from model.training.data import Samples, TrainingBatch
 from model.training.loop import Device, StageResult, run_stage
 from model.training.stages import (
@@ -26,13 +26,12 @@ from model.training.stages import (
     RelabelConfig,
     TowerConfig,
     ahead,
+    calibrate_clicks,
     city_batches,
-    encode_exposed,
     hide_ids,
-    intercept_shift,
+    learn_clicks,
     newest,
     places_of,
-    pretrain,
     pretrain_metrics,
 )
 
@@ -84,21 +83,21 @@ def train_tower(network: Cascade, samples: Samples, config: TowerConfig, stage: 
 
 
 def rank_stage(network: Cascade, samples: Samples, config: PretrainConfig, folder: Path, device: Device, fingerprint: dict[str, Any]) -> StageResult:
-    """DIN by the loss, the data and the budget of EGA-V1's stage 1."""
-    result = pretrain(network, samples, config, folder, device, fingerprint)
-    level_in_slots(network, samples, config.calibration_requests)
+    """DIN by the loss, the data, the budget and the calibration of EGA-V1's stage 1."""
+    result = learn_clicks(network, samples, config, folder, device, fingerprint)
+    calibrate_page(network, samples, config, SLOPE_SPREAD)
     return result
 
 
-@torch.no_grad()
-def level_in_slots(network: Cascade, samples: Samples, seen_in_city: int) -> None:
-    """Freeze the slots' terms, at the level where mean pCTR in the slots equals CTR on validation days.
+def calibrate_page(network: Cascade, samples: Samples, config: PretrainConfig, slope_spread: float) -> None:
+    """Calibrate q, and freeze the slots' terms at the level where mean pCTR in the slots equals CTR on the validation days.
 
-    Prices and predicted revenue read q in its slot, and where better ads stand in better slots its mean is above that of q alone,
-    which `pretrain` levels. Purchases keep the terms that they were learned with.
+    Prices and predicted revenue read q in its slot, and where better ads stand in better slots its mean is above that of q alone.
+    Purchases keep the terms that they were learned with.
     """
+    seen = calibrate_clicks(network, samples, config.calibration_requests, slope_spread)
     network.freeze_slots()
-    network.evaluator.slot[0] += intercept_shift(network, samples, samples.split_rows(schema.VALIDATION), seen_in_city, network.evaluator.slot[0])
+    network.evaluator.slot[0] += seen.level(network.evaluator.slot[0].double().numpy())
 
 
 CLICKED, SHOWN, RANKED_HIGH, RANKED_LOW, COARSE, PRERANK_NEGATIVE = 6, 5, 4, 3, 2, 1
@@ -173,37 +172,5 @@ def train_relabel(
         return pretrain_metrics(network, samples, check, config.batch)
 
     result = run_stage("relabel", network, parameters, config, rows, step, validate, folder, {**fingerprint, "config": asdict(config)}, device)
-    validation = samples.split_rows(schema.VALIDATION)
-    scale_clicks(network, samples, validation)
-    network.shift_click_level(intercept_shift(network, samples, validation, pretraining.calibration_requests))
-    level_in_slots(network, samples, pretraining.calibration_requests)
+    calibrate_page(network, samples, pretraining, math.inf)  # a pairwise loss leaves the spread of a score free: nothing is believed of the slope
     return result
-
-
-@torch.no_grad()
-def scale_clicks(network: Cascade, samples: Samples, rows: np.ndarray) -> None:
-    """Platt scaling: a pairwise loss leaves the spread of a score free. Logistic regression of the clicks of `rows` on the click logit,
-    with the slots' terms as they are; a slope that is not above 0 is refused."""
-    from scipy.optimize import minimize  # slow to import, and only the stage relabel gets here
-
-    data = encode_exposed(network, samples, rows)
-    shown = data["mask"]
-    x, y = data["click_logit"][shown].double().numpy(), data["click"][shown].double().numpy()
-    offset = network.slot_logits()[: shown.shape[1]].expand(shown.shape)[shown].double().numpy()
-    if not (0 < y.mean() < 1 and x.std() > 0):
-        return
-    standard = (x - x.mean()) / x.std()
-
-    def loss(weight: np.ndarray) -> tuple[float, np.ndarray]:
-        logit = weight[0] * standard + weight[1] + offset
-        error = expit(logit) - y
-        return float(np.mean(np.logaddexp(0.0, logit) - y * logit)), np.array([np.mean(error * standard), np.mean(error)])
-
-    found = minimize(loss, np.array([0.0, logit_of(y.mean())]), jac=True, method="BFGS").x
-    slope = float(found[0] / x.std())
-    level = float(found[1] - slope * x.mean())
-    if not slope > 0:
-        raise ValueError(f"stage relabel: clicks of the validation days fall where the ranking score rises (slope {slope:.3g}); it learned no order of clicks; train longer")
-    last = network.click_head.rest.layers[-1]
-    last.weight.mul_(slope)
-    last.bias.mul_(slope).add_(level)

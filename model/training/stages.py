@@ -27,6 +27,7 @@ from model.ega_v2.stages import V2TrainingConfig
 from model.evaluation.metrics import auc, deviation, log_loss
 from model.kinds import create
 from model.layers import masked_bce, take
+from model.training.calibration import SLOPE_SPREAD, ExposedLogits, level_for
 from model.training.data import City, Samples, TrainingBatch, geo_table, vocabulary_sizes
 from model.training.loop import Device, LoopConfig, StageResult, run_stage
 
@@ -266,6 +267,13 @@ def sampled_scores(network: RankingModel, samples: Samples, rows: np.ndarray, ba
 
 def pretrain(network: RankingModel, samples: Samples, config: PretrainConfig, folder: Path, device: Device, fingerprint: dict[str, Any]) -> StageResult:
     """Stage 1: everything before AucFormer."""
+    result = learn_clicks(network, samples, config, folder, device, fingerprint)
+    calibrate_clicks(network, samples, config.calibration_requests, SLOPE_SPREAD)
+    return result
+
+
+def learn_clicks(network: RankingModel, samples: Samples, config: PretrainConfig, folder: Path, device: Device, fingerprint: dict[str, Any]) -> StageResult:
+    """Stage 1 before its calibration."""
     parameters = network.enter_stage("pretrain")
     rows = newest(samples.split_rows(schema.TRAIN), config.requests)
     check = newest(samples.split_rows(schema.VALIDATION), config.validation_requests)
@@ -276,46 +284,36 @@ def pretrain(network: RankingModel, samples: Samples, config: PretrainConfig, fo
         with device.autocast():
             return pretrain_loss(network, batch, config), {}
 
-    result = run_stage(
+    return run_stage(
         "pretrain", network, parameters, config, rows, step, lambda: pretrain_metrics(network, samples, check, config.batch), folder,
         {**fingerprint, "config": asdict(config)}, device,
     )  # fmt: skip
-    network.shift_click_level(intercept_shift(network, samples, samples.split_rows(schema.VALIDATION), config.calibration_requests))
-    return result
 
 
-def level_for(logits: np.ndarray, rate: float) -> float:
-    """What to add to logits so that the mean probability is `rate`; bisection."""
-    if not 0.0 < rate < 1.0 or len(logits) == 0:
-        return 0.0
-    low, high = -20.0, 20.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if float(np.mean(1 / (1 + np.exp(-(logits + middle))))) < rate else (low, middle)
-    return (low + high) / 2
-
-
-def intercept_shift(network: RankingModel, samples: Samples, rows: np.ndarray, seen_in_city: int, slot_K: Tensor | None = None) -> float:
-    """What to add to the set-aware click logits so that mean pCTR equals CTR on exposed ads, seen among the whole city as in serving.
-
-    With `slot_K`, terms that every slot adds to them, it is the mean pCTR in the slots where the ads were shown.
-
-    `rows` are validation requests: what a model says of pages that it was trained on is some per cent lower than what it says of
-    new ones (noise in a logit raises the mean of a small probability), and histories grow with time. Two steps, because clicks
-    are rare and whole cities are dear: the level is set against the clicks of all `rows` among their sampled candidates; then,
-    without any click noise, the level that the same pages get among the whole city is set equal to that, on `seen_in_city` of the
-    rows, spread over time. Without rows nothing is shifted.
-    """
-    if len(rows) == 0:
-        return 0.0
-    slot = torch.zeros(samples.slots) if slot_K is None else slot_K
+@torch.no_grad()
+def exposed_logits(network: RankingModel, samples: Samples, rows: np.ndarray, seen_in_city: int) -> ExposedLogits:
+    """`ExposedLogits` of `rows`, `seen_in_city` of them among the whole city."""
     sampled = encode_exposed(network, samples, rows)
-    logit, mask = (sampled["click_logit"] + slot).double(), sampled["mask"]
-    first = level_for(logit[mask].numpy(), float(sampled["click"][mask].double().mean()))
     few = spread(np.arange(len(rows)), seen_in_city)
-    among_sampled = float(torch.sigmoid(logit[few][mask[few]] + first).mean())
     city = encode_exposed(network, samples, np.sort(rows)[few], whole_city=True)
-    return level_for((city["click_logit"] + slot).double()[city["mask"]].numpy(), among_sampled)
+    return ExposedLogits(
+        sampled["click_logit"].double().numpy(), sampled["click"].double().numpy(), sampled["mask"].numpy(), few, city["click_logit"].double().numpy(), city["mask"].numpy()
+    )  # fmt: skip
+
+
+def calibrate_clicks(network: RankingModel, samples: Samples, seen_in_city: int, slope_spread: float) -> ExposedLogits:
+    """Platt scaling on the validation days: slope and level of the click logit. Returns the validation days' logits as they are then.
+
+    What a model says of pages that it was trained on is not what it says of new ones: it believes too much in what it learned by heart, which
+    ranks q b too little by the bid, and noise in a logit raises the mean of a small probability. Histories grow with time, too.
+    """
+    seen = exposed_logits(network, samples, samples.split_rows(schema.VALIDATION), seen_in_city)
+    slope = seen.slope(network.slot_logits().double().detach().numpy(), slope_spread)
+    if not slope > 0:
+        raise ValueError(f"calibration of pCTR: clicks of the validation days fall where the ranking score rises (slope {slope:.3g}); the network learned no order of clicks; train longer")
+    level = seen.affine(slope, 0.0).level()
+    network.scale_clicks(slope, level)
+    return seen.affine(slope, level)
 
 
 def logged_pages(pool: Pool, samples: Samples) -> np.ndarray:

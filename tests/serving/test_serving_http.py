@@ -264,7 +264,7 @@ def raw_http(service: Running, request: bytes, patience: float = 5.0) -> bytes:
 def test_odd_http_never_breaks_the_service(service: Running, client: httpx.Client) -> None:
     head = b"POST /v1/rank HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     for request in (
-        head + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", head + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}", b"GET /\r\n\r\n",
+        head + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", head + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}", b"GET /v1/rank\r\n\r\n",  # as HTTP/0.9 had it
         head + b"Content-Length: -5\r\n\r\n", head + b"Content-Length: 10\r\n\r\n{}", head + b"X: " + b"y" * 70_000 + b"\r\nContent-Length: 2\r\n\r\n{}", b"\x00\x01\x02",
         b"TRACE /v1/rank HTTP/1.1\r\nHost: x\r\n\r\n", b"POST /../../etc/passwd HTTP/1.1\r\nHost: x\r\n\r\n", head + b"Content-Length: 2\r\n\r\n{}" + head + b"Content-Length: 2\r\n\r\n{}",
     ):  # fmt: skip

@@ -23,10 +23,10 @@ from model.ega_v1.engine import RankingEngine
 from model.ega_v1.mechanism import allocate, prices
 from model.evaluation.replay import EvaluationConfig, replay
 from model.kinds import STAGES, create, previous_stage
-from model.training.cascade import pairwise_loss, priorities, scale_clicks, tower_loss
+from model.training.cascade import pairwise_loss, priorities, tower_loss
 from model.training.data import Samples
 from model.training.run import load_final, load_stage, train_stage
-from model.training.stages import encode_city, encode_exposed, intercept_shift
+from model.training.stages import encode_city, exposed_logits
 
 
 def tiny_cascade(seed: int = 0, **change: object) -> Cascade:
@@ -206,35 +206,15 @@ def test_priorities_say_what_the_cascade_did(trained: SimpleNamespace) -> None:
         assert ((label[row, :slots] >= 5) | (candidate[row, :slots] < 0)).all()
 
 
-def test_scaling_gives_the_pairwise_score_the_level_of_clicks(trained: SimpleNamespace) -> None:
-    network = load_stage("pretrain", trained.samples, CASCADE, trained.stages, 5)
-    rows = trained.samples.split_rows(schema.TRAIN)
-    data = encode_exposed(network, trained.samples, rows)
-    with torch.no_grad():
-        last = network.click_head.rest.layers[-1]
-        direction = torch.sign(torch.corrcoef(torch.stack([data["click_logit"][data["mask"]], data["click"][data["mask"]]]))[0, 1])
-        last.weight *= 5 * direction  # the spread is lost, the order is not against the clicks
-        last.bias *= 5 * direction
-        last.bias += 3
-    scale_clicks(network, trained.samples, rows)
-    data = encode_exposed(network, trained.samples, rows)
-    shown = data["mask"]
-    q = torch.sigmoid(data["click_logit"] + network.slot_logits())[shown]
-    assert float(q.mean()) == pytest.approx(float(data["click"][shown].mean()), rel=1e-3)
-    with torch.no_grad():
-        last.weight *= -1
-    with pytest.raises(ValueError, match="clicks of the validation days fall where the ranking score rises"):
-        scale_clicks(network, trained.samples, rows)
-
-
 def test_pctr_in_the_slots_has_the_level_of_clicks(trained: SimpleNamespace) -> None:
     """Of validation days, as they were shown and among the whole city: MCA's after ranking, FS-LTR's after its labels."""
     samples, rows = trained.samples, trained.samples.split_rows(schema.VALIDATION)
     for stage in ("pretrain", "relabel"):
         network = load_stage(stage, samples, CASCADE, trained.stages, 5)
         clicks, purchases = network.evaluator.slot
-        assert abs(intercept_shift(network, samples, rows, TRAINING.pretrain.calibration_requests, clicks)) < 1e-4
-        assert abs(intercept_shift(network, samples, rows, TRAINING.pretrain.calibration_requests)) < 1e-4  # q alone has its own
+        seen = exposed_logits(network, samples, rows, TRAINING.pretrain.calibration_requests)
+        assert abs(seen.level(clicks.numpy())) < 1e-4
+        assert abs(seen.level()) < 1e-4  # q alone has its own
         terms = network.slot_logits()
         assert (purchases.diff() <= 0).all() and purchases[0] == terms[0]
         torch.testing.assert_close(clicks - clicks[0], purchases - purchases[0])

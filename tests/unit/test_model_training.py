@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import socket
@@ -31,17 +32,17 @@ from model.training.run import load_stage, train_stage
 from model.training.stages import (
     PAGE_INPUTS,
     build_network,
+    calibrate_clicks,
     encode_city,
     encode_exposed,
+    exposed_logits,
     generator_scores,
     greedy_page,
     hide_ids,
     in_slot,
-    intercept_shift,
     logged_pages,
     marginal_rewards,
     misreports,
-    newest,
     payment_metrics,
     policy_metrics,
     pretrain_loss,
@@ -309,17 +310,6 @@ def test_exposed_candidates_are_never_shifted(trained: SimpleNamespace) -> None:
     assert losses[0][0] == losses[1][0] and losses[0][1] != losses[1][1]
 
 
-def test_moving_the_click_level_leaves_the_unexposed_alone() -> None:
-    network = tiny_network()
-    network.unexposed.data.uniform_(-0.1, 0.1)
-    h, user = torch.randn(2, 6, 16), torch.randn(2, 16)
-    before = network.click_head(h, user)
-    elsewhere = network.unexposed_logits(before, 0)
-    network.shift_click_level(0.7)
-    torch.testing.assert_close(network.click_head(h, user), before + 0.7)
-    torch.testing.assert_close(network.unexposed_logits(network.click_head(h, user), 0), elsewhere, rtol=1e-5, atol=1e-5)
-
-
 def test_batches_carry_the_samples_of_their_requests(trained: SimpleNamespace) -> None:
     samples, rows = trained.samples, np.array([7, 3, 150])
     batch = samples.batch(rows)
@@ -437,23 +427,36 @@ def test_logged_pages_are_found_among_the_city(trained: SimpleNamespace) -> None
     np.testing.assert_array_equal(cut, np.where(samples.candidate[4, :5] < 7, samples.candidate[4, :5], -1))
 
 
-def test_intercept_shift_makes_mean_pctr_the_click_rate(trained: SimpleNamespace) -> None:
-    network, samples = network_of(trained, "evaluation"), trained.samples
-    rows = newest(samples.split_rows(schema.TRAIN), 100)
-    bias = network.click_head.rest.layers[-1].bias
-    bias.data += 1.3
-    bias.data += intercept_shift(network, samples, rows, len(rows))
-    pool = encode_city(network, samples, rows, 1 << 30, 0)
-    logit = pool.click.gather(1, torch.from_numpy(logged_pages(pool, samples)))
-    assert float(logit.sigmoid().mean()) == pytest.approx(float(samples.click[pool.requests, :5].mean()), rel=1e-3)
+def test_calibration_gives_the_clicks_their_level_and_their_spread(trained: SimpleNamespace) -> None:
+    """Whatever the level and the spread of the head: as if it had not been touched, once nothing is believed of the slope."""
+    samples, rows = trained.samples, trained.samples.split_rows(schema.VALIDATION)
+    seen = exposed_logits(network_of(trained, "pretrain"), samples, rows, len(rows))
+    up = 1.0 if np.corrcoef(seen.sampled[seen.mask], seen.click[seen.mask])[0, 1] > 0 else -1.0
+    found = []
+    for slope, level in ((up, 0.0), (5 * up, 30.0)):
+        network = network_of(trained, "pretrain")
+        network.scale_clicks(slope, level)
+        left = calibrate_clicks(network, samples, len(rows), math.inf)
+        again = exposed_logits(network, samples, rows, len(rows))
+        np.testing.assert_allclose(left.sampled, again.sampled, atol=2e-5)
+        np.testing.assert_allclose(left.city, again.city, atol=2e-5)
+        pool = encode_city(network, samples, rows, 1 << 30, 0)
+        logit = pool.click.gather(1, torch.from_numpy(logged_pages(pool, samples)))
+        assert float(logit.sigmoid().mean()) == pytest.approx(float(samples.click[pool.requests, :5].mean()), rel=2e-2)
+        assert again.slope(network.slot_logits().detach().numpy(), math.inf) == pytest.approx(1.0, abs=1e-3) and abs(again.level()) < 1e-4
+        found.append(logit)
+    torch.testing.assert_close(found[0], found[1], atol=2e-3, rtol=2e-3)
+    network.scale_clicks(-1.0, 0.0)
+    with pytest.raises(ValueError, match="clicks of the validation days fall where the ranking score rises"):
+        calibrate_clicks(network, samples, len(rows), math.inf)
 
 
 def test_stages_leave_calibrated_probabilities(trained: SimpleNamespace) -> None:
     network, samples = network_of(trained, "payment"), trained.samples
     rows = samples.split_rows(schema.VALIDATION)
-    # The level was set on all validation requests with this many of them seen among the whole city.
-    assert abs(intercept_shift(network, samples, rows, 64)) < 1e-4
-    assert intercept_shift(network, samples, rows[:0], 64) == 0.0
+    # Set on all validation requests with this many of them seen among the whole city.
+    seen = exposed_logits(network, samples, rows, 64)
+    assert abs(seen.level()) < 1e-4
     for which, evaluator in (("reward", network.evaluator), ("evaluation", network.evaluation_evaluator)):
         used = spread(rows, getattr(trained.config, which).validation_requests)
         data = encode_exposed(network, samples, used, whole_city=True)
