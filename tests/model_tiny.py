@@ -24,7 +24,7 @@ _LOOP: dict[str, Any] = {"steps": 8, "batch": 24, "validate_every": 4, "warmup":
 TRAINING = TrainingConfig(
     recall=TowerConfig(**_LOOP, recall_at=10),
     prerank=TowerConfig(**_LOOP, recall_at=10),
-    relabel=RelabelConfig(**_LOOP),
+    relabel=RelabelConfig(**_LOOP, recall_at=10),
     pretrain=PretrainConfig(**_LOOP, calibration_requests=64),
     reward=RewardConfig(**_LOOP),
     evaluation=RewardConfig(**_LOOP, seed=2),

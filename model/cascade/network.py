@@ -146,7 +146,7 @@ class Cascade(RankingModel):
 
     def stage_modules(self, stage: str) -> list[nn.Module]:
         ranking = [self.features, self.din, self.click_head, self.purchase_head, *([self.cross] if self.cross is not None else [])]
-        return {"recall": [self.recall], "prerank": [self.prerank], "pretrain": ranking, "relabel": [self.recall, self.prerank, *ranking], "evaluation": [self.evaluation_evaluator]}[stage]
+        return {"recall": [self.recall], "prerank": [self.prerank], "pretrain": ranking, "relabel": ranking, "evaluation": [self.evaluation_evaluator]}[stage]
 
     @torch.no_grad()
     def freeze_slots(self) -> None:

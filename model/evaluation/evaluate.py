@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -73,13 +74,19 @@ def what_moved(kind: str, stages: Path, metrics: dict[str, Any]) -> list[dict[st
             on_validation("payment", "regret / utility of learned payments (psi)", "psi", "lower"),
         ]  # fmt: skip
     ranking, policies = metrics["ranking"], metrics["policies"]
-    auc_rows = [on_validation(stage, "AUC, exposed and unexposed", "auc") for stage in ("pretrain", "relabel") if stage in history]
+    auc_rows = {stage: on_validation(stage, "AUC, exposed and unexposed", "auc") for stage in ("pretrain", "relabel") if stage in history}
     if kind != "ega_v1":
-        towers = (("recall", "SASRec"), ("prerank", "DSSM"))
-        found = [(stage, name, next(key for key in history[stage]["history"][0] if key.startswith("recall_at_"))) for stage, name in towers]
-        return [*(on_validation(stage, f"{key.replace('recall_at_', 'Recall@')} of {name} alone, whole city", key) for stage, name, key in found), *auc_rows]
+
+        def towers(stage: str | None, records: dict[str, Any]) -> Iterator[dict[str, Any]]:
+            for part, name in (("recall", "SASRec"), ("prerank", "DSSM")):
+                first, best = records[part]["history"][0], _at_best(records[part])
+                key = next(key for key in first if key.startswith("recall_at_"))
+                yield row(stage or part, f"{key.replace('recall_at_', 'Recall@')} of {name} alone, whole city", first[key], best[key], "higher", "validation")
+
+        again = [*towers("relabel", history["relabel"]["parts"]), auc_rows["relabel"]] if kind == "fs_ltr" else []
+        return [*towers(None, history), auc_rows["pretrain"], *again]
     return [
-        *auc_rows,
+        auc_rows["pretrain"],
         row("reward", "AUC on exposed ads: set-aware pCTR, evaluator", ranking["auc_exposed"], ranking["auc_evaluator"], "higher", "test"),
         row("reward", "log-loss on exposed ads: set-aware pCTR, evaluator", ranking["log_loss_set"], ranking["log_loss_evaluator"], "lower", "test"),
         row("rlaf", "bid-weighted clicks per 1000 requests: q*b ranking, generator (evaluation evaluator)",

@@ -111,7 +111,8 @@ def curve_page(result: dict[str, Any]) -> str:
     """One stage as a page: curve and the history as a table."""
     names = [name for name in result["history"][0] if name != "step"]
     rows = [(entry["step"], *(entry.get(name) for name in names)) for entry in result["history"]]
-    return page(f"Stage {result['stage']}", [("Curve", curve_svg(result)), ("History", table(("step", *names), rows))])
+    parts = [(f"Curve of {name}", curve_svg({**part, "stage": f"{result['stage']} {name}"})) for name, part in result.get("parts", {}).items()]
+    return page(f"Stage {result['stage']}", [("Curve", curve_svg(result)), ("History", table(("step", *names), rows)), *parts])
 
 
 def roc_curve(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -6,7 +6,9 @@ Shape letters: B requests, M sampled candidates, N ads of a city.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch.nn import functional as F
 
 from marketplace import schema
 from model.cascade.network import TOWERS, Cascade
+from model.ega_v1.network import Batch
 from model.evaluation.metrics import recall_at
 from model.training.calibration import SLOPE_SPREAD
 from model.training.data import Samples, TrainingBatch
@@ -149,28 +152,30 @@ def pairwise_loss(score_BM: Tensor, priority_BM: Tensor) -> Tensor:
 def train_relabel(
     network: Cascade, samples: Samples, config: RelabelConfig, pretraining: PretrainConfig, folder: Path, device: Device, fingerprint: dict[str, Any]
 ) -> StageResult:
-    """FS-LTR: all three networks learn the order of what the trained cascade did with the sampled ads; then pCTR gets its scale back."""
+    """FS-LTR: each network learns the order of what the trained cascade did with the sampled ads; then pCTR gets its scale back.
+
+    The networks share nothing, so each is trained by itself and keeps the weights with the best score of its own: Recall@k of a tower, and of DIN
+    what `pretrain` is judged by. Step 0 is among them. The result is DIN's, the towers' are its parts.
+    """
     rows = newest(samples.split_rows(schema.TRAIN), config.requests)
     check = newest(samples.split_rows(schema.VALIDATION), config.validation_requests)
     priority = torch.from_numpy(priorities(network, samples, rows))
-    parameters = network.enter_stage("relabel")
     place = {int(row): index for index, row in enumerate(rows)}
 
-    def step(chosen: np.ndarray, noise: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        batch = samples.batch(chosen)
-        wanted = priority[[place[int(row)] for row in batch.requests]]
-        batch.inputs.ad_fields = hide_ids(batch.inputs.ad_fields, config.hidden_ids, noise)
-        with device.autocast():
-            h, user = network.encode(batch.inputs)
-            scores = [network.click_head(h, user), *(network.tower_scores(stage, batch.inputs) for stage in TOWERS)]
-            total: Tensor = scores[0].new_zeros(())
-            for score in scores:
-                total = total + pairwise_loss(score, wanted)
-            return total, {}
+    def scores(part: str, batch: Batch) -> Tensor:
+        return network.tower_scores(part, batch) if part in TOWERS else network.click_head(*network.encode(batch))
 
-    def validate() -> dict[str, float]:
-        return pretrain_metrics(network, samples, check, config.batch)
+    def train(part: str, validate: Callable[[], dict[str, float]]) -> StageResult:
+        def step(chosen: np.ndarray, noise: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+            batch = samples.batch(chosen)
+            batch.inputs.ad_fields = hide_ids(batch.inputs.ad_fields, config.hidden_ids, noise)
+            with device.autocast():
+                return pairwise_loss(scores(part, batch.inputs), priority[[place[int(row)] for row in batch.requests]]), {}
 
-    result = run_stage("relabel", network, parameters, config, rows, step, validate, folder, {**fingerprint, "config": asdict(config)}, device)
+        parameters = network.enter_stage("relabel" if part not in TOWERS else part)
+        return run_stage(f"relabel {part}", network, parameters, config, rows, step, validate, folder / part, {**fingerprint, "config": asdict(config)}, device)
+
+    towers = {part: train(part, partial(tower_metrics, network, part, samples, check, config.recall_at)) for part in TOWERS}
+    result = train("ranking", lambda: pretrain_metrics(network, samples, check, config.batch))
     calibrate_page(network, samples, pretraining, math.inf)  # a pairwise loss leaves the spread of a score free: nothing is believed of the slope
-    return result
+    return replace(result, stage="relabel", parts=towers)

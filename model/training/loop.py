@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,8 @@ class StageResult:
     best_score: float
     weights_sha256: str
     steps: int
+    parts: dict[str, StageResult] = field(default_factory=dict)
+    """Of a stage that trains several networks, each by itself: how the others ended."""
 
 
 StepFunction = Callable[[np.ndarray, torch.Generator], tuple[Tensor, dict[str, float]]]

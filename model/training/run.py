@@ -58,6 +58,7 @@ def train_stage(
     record = {
         "stage": stage, "fingerprint": fingerprint, "sha256": hashlib.sha256(weights).hexdigest(), "best_step": result.best_step,
         "best_score": result.best_score, "steps": result.steps, "history": result.history,
+        "parts": {name: {"best_step": part.best_step, "best_score": part.best_score, "steps": part.steps, "history": part.history} for name, part in result.parts.items()},
     }  # fmt: skip
     if not dist.is_initialized() or dist.get_rank() == 0:
         write_atomic(folder / "model.safetensors", weights)

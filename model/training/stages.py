@@ -143,13 +143,11 @@ class TowerConfig(LoopConfig):
 
 
 @config_dataclass(frozen=True, config=_STRICT)
-class RelabelConfig(LoopConfig):
-    """FS-LTR: all stages of a cascade trained again, on what a cascade did with every sampled ad."""
+class RelabelConfig(TowerConfig):
+    """FS-LTR: all stages of a cascade trained again, each by itself, on what a cascade did with every sampled ad."""
 
     learning_rate: float = Field(5e-4, gt=0)
     """Adam's peak rate."""
-    hidden_ids: float = Field(0.05, ge=0, lt=1)
-    """As in stage 1."""
 
 
 @config_dataclass(frozen=True, config=_STRICT)

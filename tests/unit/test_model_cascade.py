@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,15 +19,15 @@ from model.bundle import load_bundle, write_bundle
 from model.cascade.config import CascadeConfig
 from model.cascade.din import ActivationUnit
 from model.cascade.dssm import Dssm
-from model.cascade.network import Cascade
+from model.cascade.network import TOWERS, Cascade
 from model.ega_v1.engine import RankingEngine
 from model.ega_v1.mechanism import allocate, prices
 from model.evaluation.replay import EvaluationConfig, replay
 from model.kinds import STAGES, create, previous_stage
-from model.training.cascade import pairwise_loss, priorities, tower_loss
+from model.training.cascade import pairwise_loss, priorities, tower_loss, tower_metrics
 from model.training.data import Samples
 from model.training.run import load_final, load_stage, train_stage
-from model.training.stages import encode_city, exposed_logits
+from model.training.stages import encode_city, exposed_logits, newest, pretrain_metrics
 
 
 def tiny_cascade(seed: int = 0, **change: object) -> Cascade:
@@ -152,7 +153,7 @@ def test_each_stage_learns_its_own_parameters() -> None:
     sets = {stage: {id(p) for p in network.enter_stage(stage)} for stage in STAGES["mca"]}
     assert sum(map(len, sets.values())) == len(set().union(*sets.values())) == len(list(network.parameters()))
     relabel = {id(p) for p in network.enter_stage("relabel")}
-    assert relabel == sets["recall"] | sets["prerank"] | (sets["pretrain"] - {id(network.unexposed), id(network.slot_bias)})
+    assert relabel == sets["pretrain"] - {id(network.unexposed), id(network.slot_bias)}  # the towers learn their part by themselves
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,6 +205,20 @@ def test_priorities_say_what_the_cascade_did(trained: SimpleNamespace) -> None:
             if ad >= 0 and priority < 6:
                 assert (ad in ranked) is (priority in (3, 4))
         assert ((label[row, :slots] >= 5) | (candidate[row, :slots] < 0)).all()
+
+
+def test_every_network_of_fs_ltr_keeps_what_was_best_for_it(trained: SimpleNamespace) -> None:
+    record = json.loads((trained.stages / "relabel" / "result.json").read_text())
+    network, samples = load_stage("relabel", trained.samples, CASCADE, trained.stages, 5), trained.samples
+    check = newest(samples.split_rows(schema.VALIDATION), TRAINING.relabel.validation_requests)
+    assert set(record["parts"]) == set(TOWERS)
+    for part in TOWERS:
+        found = tower_metrics(network, part, samples, check, TRAINING.relabel.recall_at)["score"]
+        assert found == record["parts"][part]["best_score"] == max(entry["score"] for entry in record["parts"][part]["history"])
+    best = next(entry for entry in record["history"] if entry["step"] == record["best_step"])
+    assert best["score"] == record["best_score"] == max(entry["score"] for entry in record["history"])
+    # The calibration afterwards leaves the order as it is.
+    assert pretrain_metrics(network, samples, check, 64)["auc"] == pytest.approx(best["auc"], abs=1e-6)
 
 
 def test_pctr_in_the_slots_has_the_level_of_clicks(trained: SimpleNamespace) -> None:
