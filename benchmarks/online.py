@@ -66,7 +66,7 @@ def table4(drive: Drive, config: Path | None = None, data: Path | None = None, s
 
     path, started = config or (QUICK if quick else DEFAULT), time.monotonic()
     setting = load_run_config(path, seed=seed)
-    if config is None:
+    if config is None and not quick:
         setting = replace(setting, evaluation=replace(setting.evaluation, requests=GATED_REQUESTS))
     if setting.world is None:
         raise ValueError(f"{path} names no world; an A/B test needs users, and a truth to compare with")
@@ -83,7 +83,7 @@ def table4(drive: Drive, config: Path | None = None, data: Path | None = None, s
             found[arms.name] = _read(world, run / "experiment", result)
     labels = {tag: NAMES[kind] for kind, tag in tags.items()}
     return {
-        **provenance(path, [setting.seed], (time.monotonic() - started) / 60), "table": _lifts(found), "second_table": _arm_rows(found, labels), "approved": {NAMES[kind]: tag for kind, tag in tags.items()},
+        **provenance(path, [setting.seed], (time.monotonic() - started) / 60), "table": _lifts(found), "second_table": _arm_rows(found, labels), "approved": {NAMES[kind]: tag for kind, tag in tags.items()}, "gated_requests": setting.evaluation.requests,
         "price_modes": {NAMES[kind]: mode for kind, mode in chosen.items()}, "experiments": found, "paper": {name: f"{value:+.1f} %" for name, value in PAPER_TABLE4.items()},
     }  # fmt: skip
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from components.candidate import candidate_sections
 from model.bundle import write_atomic
-from model.evaluation.plots import curve_svg, number, page, table
+from model.evaluation.plots import curve_svg, number, page, part_curves, table
 from model.kinds import STAGES
 
 
@@ -61,7 +61,8 @@ def write_report(run_dir: Path, logs: Path, summary: dict[str, Any]) -> Path:
     if "experiment" in summary:
         sections.insert(1, ("Experiment", '<p><a href="experiment/report.html">A/B test on live traffic</a></p>'))
     for stage in STAGES[metrics["policy"]]:
-        sections.append((f"Training: {stage}", curve_svg(json.loads((run_dir / "stages" / stage / "result.json").read_text()))))
+        result = json.loads((run_dir / "stages" / stage / "result.json").read_text())
+        sections += [(f"Training: {stage}", curve_svg(result)), *part_curves(result)]
     rows = ", ".join(f"{count:,} {name}" for name, count in validation["statistics"]["rows"].items())
     sections.append(("Data", f'<p>{html.escape(rows)}; {validation["laws"]} rules checked. <a href="validation/validation.html">Data docs</a></p>'))
     path = run_dir / "report.html"

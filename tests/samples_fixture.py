@@ -80,3 +80,16 @@ def tiny_samples(root: Path, seed: int = 0, requests: int = 400, ads: int = 60, 
     (root / "samples.json").write_text(json.dumps(info))
     (root / "vocab.json").write_text(json.dumps({"version": 1, "tables": vocabulary}))
     return root
+
+
+def learnable(folder: Path) -> Path:
+    """Clicks that a tiny network learns in seconds: by the ad's category and the slot."""
+    rng = np.random.default_rng(1)
+    candidate = np.load(folder / "candidate.npy")
+    liked = np.load(folder / "ad_fields.npy")[candidate, [field.name for field in schema.AD_FIELDS].index("category")] % 2 == 0
+    shown = 0.55 ** np.arange(5)
+    probability = np.where(liked, 0.7, 0.1) * np.concatenate([shown, np.full(candidate.shape[1] - 5, 0.3)])
+    click = rng.random(candidate.shape) < probability
+    np.save(folder / "click.npy", click.astype(np.int8))
+    np.save(folder / "purchase.npy", (click & (rng.random(click.shape) < 0.3)).astype(np.int8))
+    return folder

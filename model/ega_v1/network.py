@@ -569,7 +569,7 @@ class RankingModel(nn.Module, ABC):
     def slot_logits(self) -> Tensor:
         """[K] what the slot of an exposed ad adds to its log-odds of a click, mean 0.
 
-        Learned in pre-training and read nowhere else: what is shown first is clicked more because it is shown first, and
+        Learned in pre-training, and read by its calibration, by a cascade's evaluator and where separable clicks are wanted: what is shown first is clicked more because it is shown first, and
         without this term q would credit that to the ads that the logging policy likes. q is then the pCTR in an average slot;
         what a slot is worth on a given page is the evaluator's to say.
         """

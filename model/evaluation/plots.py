@@ -111,8 +111,12 @@ def curve_page(result: dict[str, Any]) -> str:
     """One stage as a page: curve and the history as a table."""
     names = [name for name in result["history"][0] if name != "step"]
     rows = [(entry["step"], *(entry.get(name) for name in names)) for entry in result["history"]]
-    parts = [(f"Curve of {name}", curve_svg({**part, "stage": f"{result['stage']} {name}"})) for name, part in result.get("parts", {}).items()]
-    return page(f"Stage {result['stage']}", [("Curve", curve_svg(result)), ("History", table(("step", *names), rows)), *parts])
+    return page(f"Stage {result['stage']}", [("Curve", curve_svg(result)), ("History", table(("step", *names), rows)), *part_curves(result)])
+
+
+def part_curves(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """Sections with the curves of the networks that a stage trained beside its own (`StageResult.parts`)."""
+    return [(f"Training: {result['stage']}, {name}", curve_svg({**part, "stage": f"{result['stage']} {name}"})) for name, part in result.get("parts", {}).items()]
 
 
 def roc_curve(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -5,7 +5,6 @@ Shape letters: R requests, F of them also read among the whole city, K slots.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,7 +12,12 @@ from scipy.special import expit
 from scipy.special import logit as logit_of
 
 SLOPE_SPREAD = 0.25
-"""Standard deviation of what is believed of a calibration's slope before the validation days are read, around 1: with few clicks it stays there."""
+"""Standard deviation of what is believed of the slope of a network that learned probabilities, around 1, before the validation days are read: with few
+clicks it stays there."""
+
+ANY_SPREAD = 3.0
+"""Of a network that learned an order alone nothing is believed but this: a standard deviation of its score is worth 0 +- 3 log-odds of a click, so that
+clicks which the score happens to separate do not make it certain."""
 
 
 @dataclass(frozen=True)
@@ -37,25 +41,29 @@ class ExposedLogits:
         """The logits times `slope` plus `level`."""
         return replace(self, sampled=slope * self.sampled + level, city=slope * self.city + level)
 
-    def slope(self, slot_K: np.ndarray, belief: float) -> float:
-        """By what to multiply the logits so that clicks are as much likelier as they say: logistic regression, the slots' terms `slot_K` given.
+    def slope(self, slot_K: np.ndarray, of_order: bool = False) -> float:
+        """By what to multiply the logits so that clicks are as much likelier as they say: logistic regression with the slots' terms `slot_K` given.
 
-        A normal belief around 1 of standard deviation `belief` (inf: none). 1 where nothing can be learned: no click, only clicks, or equal logits.
+        A normal belief holds it: SLOPE_SPREAD, or ANY_SPREAD of scores that learned an order alone. 1 where nothing can be learned: no click, only
+        clicks, or equal logits.
         """
         from scipy.optimize import minimize  # slow to import, and only two stages get here
 
         x, y, offset = self.sampled[self.mask], self.click[self.mask], np.broadcast_to(slot_K, self.mask.shape)[self.mask]
         if not (0 < y.mean() < 1 and x.std() > 0):
             return 1.0
-        centre, scale, weight_of_belief = x.mean(), x.std(), 1.0 / (belief**2 * len(x))
+        centre, scale = x.mean(), x.std()
+        standard = (x - centre) / scale
+        believed, deviation = (0.0, ANY_SPREAD) if of_order else (scale, SLOPE_SPREAD * scale)
 
         def loss(weight: np.ndarray) -> tuple[float, np.ndarray]:
-            standard, off = (x - centre) / scale, weight[0] / scale - 1.0
+            off = (weight[0] - believed) / deviation
             logit = weight[0] * standard + weight[1] + offset
             error = expit(logit) - y
-            return float(np.mean(np.logaddexp(0.0, logit) - y * logit) + weight_of_belief * off**2 / 2), np.array([np.mean(error * standard) + weight_of_belief * off / scale, np.mean(error)])
+            penalty = np.array([off / deviation, 0.0]) / len(x)
+            return float(np.mean(np.logaddexp(0.0, logit) - y * logit) + off**2 / (2 * len(x))), np.array([np.mean(error * standard), np.mean(error)]) + penalty
 
-        return float(minimize(loss, np.array([scale if math.isfinite(belief) else 0.0, logit_of(y.mean())]), jac=True, method="BFGS").x[0] / scale)
+        return float(minimize(loss, np.array([believed, logit_of(y.mean())]), jac=True, method="BFGS").x[0] / scale)
 
     def level(self, slot_K: np.ndarray | float = 0.0) -> float:
         """What to add to the logits so that mean pCTR equals CTR, seen among the whole city as in serving; in the slots with their terms `slot_K`.

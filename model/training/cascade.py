@@ -5,7 +5,6 @@ Shape letters: B requests, M sampled candidates, N ads of a city.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -21,7 +20,6 @@ from marketplace import schema
 from model.cascade.network import TOWERS, Cascade
 from model.ega_v1.network import Batch
 from model.evaluation.metrics import recall_at
-from model.training.calibration import SLOPE_SPREAD
 from model.training.data import Samples, TrainingBatch
 from model.training.loop import Device, StageResult, run_stage
 from model.training.stages import (
@@ -88,17 +86,17 @@ def train_tower(network: Cascade, samples: Samples, config: TowerConfig, stage: 
 def rank_stage(network: Cascade, samples: Samples, config: PretrainConfig, folder: Path, device: Device, fingerprint: dict[str, Any]) -> StageResult:
     """DIN by the loss, the data, the budget and the calibration of EGA-V1's stage 1."""
     result = learn_clicks(network, samples, config, folder, device, fingerprint)
-    calibrate_page(network, samples, config, SLOPE_SPREAD)
+    calibrate_page(network, samples, config)
     return result
 
 
-def calibrate_page(network: Cascade, samples: Samples, config: PretrainConfig, slope_spread: float) -> None:
+def calibrate_page(network: Cascade, samples: Samples, config: PretrainConfig, of_order: bool = False) -> None:
     """Calibrate q, and freeze the slots' terms at the level where mean pCTR in the slots equals CTR on the validation days.
 
     Prices and predicted revenue read q in its slot, and where better ads stand in better slots its mean is above that of q alone.
     Purchases keep the terms that they were learned with.
     """
-    seen = calibrate_clicks(network, samples, config.calibration_requests, slope_spread)
+    seen = calibrate_clicks(network, samples, config.calibration_requests, of_order)
     network.freeze_slots()
     network.evaluator.slot[0] += seen.level(network.evaluator.slot[0].double().numpy())
 
@@ -177,5 +175,6 @@ def train_relabel(
 
     towers = {part: train(part, partial(tower_metrics, network, part, samples, check, config.recall_at)) for part in TOWERS}
     result = train("ranking", lambda: pretrain_metrics(network, samples, check, config.batch))
-    calibrate_page(network, samples, pretraining, math.inf)  # a pairwise loss leaves the spread of a score free: nothing is believed of the slope
+    if result.best_step > 0:  # else DIN is MCA's, and calibrated
+        calibrate_page(network, samples, pretraining, of_order=True)  # a pairwise loss leaves level and spread of a score free
     return replace(result, stage="relabel", parts=towers)

@@ -92,7 +92,6 @@ class StageResult:
     history: list[dict[str, Any]]
     best_step: int
     best_score: float
-    weights_sha256: str
     steps: int
     parts: dict[str, StageResult] = field(default_factory=dict)
     """Of a stage that trains several networks, each by itself: how the others ended."""
@@ -204,8 +203,7 @@ def run_stage(
             raise ValueError(f"stage {stage}: no validation gave a finite score; the validation days need pages with and without clicks: {state['history'][-1]}")
         network.load_state_dict(best)
         network.eval()
-        digest = hashlib.sha256(state_bytes(network)).hexdigest()
-        return StageResult(stage, state["history"], state["best_step"], state["best_score"], digest, state["step"])
+        return StageResult(stage, state["history"], state["best_step"], state["best_score"], state["step"])
 
 
 def _batch_rows(rows: np.ndarray, config: LoopConfig, step: int) -> np.ndarray:

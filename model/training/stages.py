@@ -27,7 +27,7 @@ from model.ega_v2.stages import V2TrainingConfig
 from model.evaluation.metrics import auc, deviation, log_loss
 from model.kinds import create
 from model.layers import masked_bce, take
-from model.training.calibration import SLOPE_SPREAD, ExposedLogits, level_for
+from model.training.calibration import ExposedLogits, level_for
 from model.training.data import City, Samples, TrainingBatch, geo_table, vocabulary_sizes
 from model.training.loop import Device, LoopConfig, StageResult, run_stage
 
@@ -266,7 +266,7 @@ def sampled_scores(network: RankingModel, samples: Samples, rows: np.ndarray, ba
 def pretrain(network: RankingModel, samples: Samples, config: PretrainConfig, folder: Path, device: Device, fingerprint: dict[str, Any]) -> StageResult:
     """Stage 1: everything before AucFormer."""
     result = learn_clicks(network, samples, config, folder, device, fingerprint)
-    calibrate_clicks(network, samples, config.calibration_requests, SLOPE_SPREAD)
+    calibrate_clicks(network, samples, config.calibration_requests)
     return result
 
 
@@ -299,14 +299,15 @@ def exposed_logits(network: RankingModel, samples: Samples, rows: np.ndarray, se
     )  # fmt: skip
 
 
-def calibrate_clicks(network: RankingModel, samples: Samples, seen_in_city: int, slope_spread: float) -> ExposedLogits:
-    """Platt scaling on the validation days: slope and level of the click logit. Returns the validation days' logits as they are then.
+def calibrate_clicks(network: RankingModel, samples: Samples, seen_in_city: int, of_order: bool = False) -> ExposedLogits:
+    """Platt scaling on the validation days: slope and level of the click logit, which learned an order alone if `of_order`. Returns the validation
+    days' logits as they are then.
 
     What a model says of pages that it was trained on is not what it says of new ones: it believes too much in what it learned by heart, which
     ranks q b too little by the bid, and noise in a logit raises the mean of a small probability. Histories grow with time, too.
     """
     seen = exposed_logits(network, samples, samples.split_rows(schema.VALIDATION), seen_in_city)
-    slope = seen.slope(network.slot_logits().double().detach().numpy(), slope_spread)
+    slope = seen.slope(network.slot_logits().double().detach().numpy(), of_order)
     if not slope > 0:
         raise ValueError(f"calibration of pCTR: clicks of the validation days fall where the ranking score rises (slope {slope:.3g}); the network learned no order of clicks; train longer")
     level = seen.affine(slope, 0.0).level()

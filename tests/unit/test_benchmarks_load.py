@@ -68,7 +68,7 @@ def test_every_status_is_counted_and_pages_are_read() -> None:
 
 
 def test_a_stall_counts_for_all_who_were_scheduled_meanwhile() -> None:
-    """A closed loop asks once during a stall and reports one slow request; users do not wait for each other."""
+    """A closed loop asks once during a stall, and one request tells of it; users do not wait for each other."""
 
     async def reply(turn: int) -> bytes | None:
         if turn == 1:
@@ -79,11 +79,12 @@ def test_a_stall_counts_for_all_who_were_scheduled_meanwhile() -> None:
 
     stalled = asyncio.Event()
     answers = asyncio.run(serving(reply, poisson(50, 1.0)))
-    early = [answer for answer in answers if answer.scheduled < answers[0].scheduled + 0.5]
-    assert len(early) > 10 and all(answer.seconds > 0.4 for answer in early)
+    until = answers[0].scheduled + 1.0  # the stall ends later than this, however busy the machine is
+    early = [answer for answer in answers if answer.scheduled < until - 0.5]
+    assert len(early) > 10 and all(answer.ended > until for answer in early)
     stalled = asyncio.Event()
     closed = asyncio.run(serving(reply, lambda url: closed_loop(url, [b"{}"], 1.5, 1)))
-    assert sum(answer.seconds > 0.4 for answer in closed) == 1
+    assert sum(answer.scheduled < closed[0].scheduled + 1.0 for answer in closed) == 1
 
 
 def test_nobody_listening_is_a_broken_connection_not_an_error() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
-from model.training.calibration import SLOPE_SPREAD, ExposedLogits, level_for
+from model.training.calibration import ANY_SPREAD, SLOPE_SPREAD, ExposedLogits, level_for
 
 SLOT = np.array([0.6, 0.1, -0.7])
 
@@ -26,24 +25,31 @@ def clicked(requests: int, slope: float, level: float, seed: int = 0) -> Exposed
 
 
 @pytest.mark.parametrize("slope", [0.5, 1.0, 1.6])
-def test_the_slope_of_many_clicks_is_found(slope: float) -> None:
-    seen = clicked(200_000, slope, 0.3)
-    assert seen.slope(SLOT, math.inf) == pytest.approx(slope, abs=0.02)
-    assert seen.slope(SLOT, SLOPE_SPREAD) == pytest.approx(slope, abs=0.02)
+@pytest.mark.parametrize("of_order", [False, True])
+def test_the_slope_of_many_clicks_is_found(slope: float, of_order: bool) -> None:
+    assert clicked(200_000, slope, 0.3).slope(SLOT, of_order) == pytest.approx(slope, abs=0.02)
 
 
-def test_without_belief_it_is_logistic_regression() -> None:
-    seen = clicked(3000, 0.8, 0.0)
-    peer = LogisticRegression(C=np.inf, tol=1e-10, max_iter=1000).fit(seen.sampled[seen.mask][:, None], seen.click[seen.mask])
-    assert seen.slope(np.zeros(3), math.inf) == pytest.approx(float(peer.coef_[0, 0]), rel=1e-4)
+def test_of_an_order_it_is_logistic_regression_with_a_weak_prior() -> None:
+    seen = clicked(300, 0.8, 0.0)
+    x = seen.sampled[seen.mask]
+    peer = LogisticRegression(C=ANY_SPREAD**2, tol=1e-10, max_iter=1000).fit(((x - x.mean()) / x.std())[:, None], seen.click[seen.mask])
+    assert seen.slope(np.zeros(3), of_order=True) * x.std() == pytest.approx(float(peer.coef_[0, 0]), rel=1e-4)
 
 
 def test_few_clicks_leave_the_slope_near_one() -> None:
     few = [clicked(12, 1.0, 0.0, seed) for seed in range(40)]
-    free, held = (np.array([seen.slope(SLOT, belief) for seen in few]) for belief in (math.inf, SLOPE_SPREAD))
-    assert np.abs(held - 1).max() < 0.5 < np.abs(free - 1).max()
+    of_order, of_probability = (np.array([seen.slope(SLOT, kind) for seen in few]) for kind in (True, False))
+    assert np.abs(of_probability - 1).max() < 0.5 < np.abs(of_order - 1).max()
     nothing = replace(few[0], click=np.zeros_like(few[0].click))
-    assert nothing.slope(SLOT, math.inf) == nothing.slope(SLOT, SLOPE_SPREAD) == 1.0
+    assert nothing.slope(SLOT, of_order=True) == nothing.slope(SLOT) == 1.0
+
+
+def test_clicks_that_the_score_separates_make_it_not_certain() -> None:
+    seen = clicked(50, 1.0, 0.0)
+    separated = replace(seen, click=(seen.sampled > np.sort(seen.sampled[seen.mask])[-4]).astype(float))
+    assert 0 < separated.slope(np.zeros(3), of_order=True) * seen.sampled[seen.mask].std() < 2 * ANY_SPREAD
+    assert 1 < separated.slope(np.zeros(3)) < 1 + 3 * SLOPE_SPREAD
 
 
 @pytest.mark.parametrize("slot", [0.0, SLOT])
