@@ -75,9 +75,10 @@ def started(stages: Path, stage: str, out: Path) -> Path:
 # Checkpoints are saved at steps 0, 4, 8 and at the end: passages 1 to 4 of every point.
 KILLS = [("pretrain", f"{point}{count}") for point in POINTS for count in ("", "@2")]
 KILLS += [("pretrain", "checkpoint.pointed@4"), ("reward", "checkpoint.written@2"), ("evaluation", "checkpoint.pointed@2"), ("rlaf", "checkpoint.pointed@2"), ("payment", "checkpoint.written@3")]
-KILLS += [("recall", "checkpoint.pointed@2"), ("prerank", "checkpoint.written@2"), ("relabel", "checkpoint.pointed@6")]
-LAST_WRITTEN = {"relabel": Path("relabel", "prerank")}
-"""Where the checkpoints of a stage lie that was killed, if not in its own folder: relabel trains recall (passages 1 to 4), prerank, ranking in turn."""
+KILLS += [("recall", "checkpoint.pointed@2"), ("prerank", "checkpoint.written@2")]
+KILLS += [("relabel", f"checkpoint.pointed@{count}") for count in (6, 10, 12)]
+RELABELLED = ("recall", "prerank", "ranking")
+"""Relabelling trains these in turn, four passages each, every one with checkpoints of its own."""
 
 
 @pytest.mark.parametrize(("stage", "failpoint"), KILLS)
@@ -88,13 +89,15 @@ def test_killed_and_resumed_gives_the_same_bytes(whole: tuple[Path, Path, dict[s
     killed.join(120)
     assert killed.exitcode == -signal.SIGKILL
     assert not (out / stage / "model.safetensors").exists()
-    folder = tmp_path / "checkpoints" / LAST_WRITTEN.get(stage, stage)
+    passage = int(failpoint.partition("@")[2] or 1)
+    folder = tmp_path / "checkpoints" / stage / (RELABELLED[(passage - 1) // 4] if stage == "relabel" else "")
     found = load_checkpoint(folder)  # raises if what the pointer names is not whole
     assert (found is None) is (failpoint in ("checkpoint.before", "checkpoint.written"))
     if found is not None:
-        assert found[0] < 8 or failpoint.endswith("@4")
+        assert found[0] < 8 or passage % 4 == 0
     weights = train_stage(stage, samples, network_of(stage), TRAINING, out, tmp_path / "checkpoints", SEED).weights
     assert sha256_of(weights) == digests[stage]
+    assert (out / stage / "result.json").read_bytes() == (stages / network_of(stage).kind / stage / "result.json").read_bytes()  # the whole course
     assert sorted(path.name for path in folder.iterdir()) == [".lock", "latest.json", "step-00000008.safetensors"]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from model_tiny import CASCADE, NETWORK, SIZES, TRAINING, random_batch
-from samples_fixture import tiny_samples
+from samples_fixture import learnable, tiny_samples
 
 from components.candidate import off_policy_rows
 from marketplace import schema
@@ -22,12 +22,16 @@ from model.cascade.dssm import Dssm
 from model.cascade.network import TOWERS, Cascade
 from model.ega_v1.engine import RankingEngine
 from model.ega_v1.mechanism import allocate, prices
+from model.evaluation.evaluate import what_moved
+from model.evaluation.plots import curve_page
 from model.evaluation.replay import EvaluationConfig, replay
 from model.kinds import STAGES, create, previous_stage
 from model.training.cascade import pairwise_loss, priorities, tower_loss, tower_metrics
 from model.training.data import Samples
 from model.training.run import load_final, load_stage, train_stage
-from model.training.stages import encode_city, exposed_logits, newest, pretrain_metrics
+from model.training.stages import PAGE_INPUTS, encode_city, encode_exposed, newest, pretrain_metrics
+
+LEARNING = replace(TRAINING, pretrain=replace(TRAINING.pretrain, steps=40, learning_rate=1e-2), relabel=replace(TRAINING.relabel, learning_rate=1e-2))
 
 
 def tiny_cascade(seed: int = 0, **change: object) -> Cascade:
@@ -42,12 +46,12 @@ def tiny_cascade(seed: int = 0, **change: object) -> Cascade:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """FS-LTR on random samples: all stages, and MCA's as far as they go."""
+    """FS-LTR: all stages, and MCA's as far as they go."""
     root = tmp_path_factory.mktemp("cascade")
-    folder = tiny_samples(root / "samples", requests=160, ads=30, unexposed=8)
+    folder = learnable(tiny_samples(root / "samples", requests=160, ads=30, unexposed=8))
     threads = torch.get_num_threads()
     for stage in STAGES["fs_ltr"]:
-        train_stage(stage, folder, CASCADE, TRAINING, root / "stages", root / "checkpoints", seed=5)
+        train_stage(stage, folder, CASCADE, LEARNING, root / "stages", root / "checkpoints", seed=5)
     torch.set_num_threads(threads)
     samples = Samples(folder)
     return SimpleNamespace(folder=folder, samples=samples, stages=root / "stages", network=load_final(samples, CASCADE, root / "stages", 5))
@@ -207,32 +211,82 @@ def test_priorities_say_what_the_cascade_did(trained: SimpleNamespace) -> None:
         assert ((label[row, :slots] >= 5) | (candidate[row, :slots] < 0)).all()
 
 
-def test_every_network_of_fs_ltr_keeps_what_was_best_for_it(trained: SimpleNamespace) -> None:
-    record = json.loads((trained.stages / "relabel" / "result.json").read_text())
-    network, samples = load_stage("relabel", trained.samples, CASCADE, trained.stages, 5), trained.samples
-    check = newest(samples.split_rows(schema.VALIDATION), TRAINING.relabel.validation_requests)
-    assert set(record["parts"]) == set(TOWERS)
-    for part in TOWERS:
-        found = tower_metrics(network, part, samples, check, TRAINING.relabel.recall_at)["score"]
-        assert found == record["parts"][part]["best_score"] == max(entry["score"] for entry in record["parts"][part]["history"])
-    best = next(entry for entry in record["history"] if entry["step"] == record["best_step"])
-    assert best["score"] == record["best_score"] == max(entry["score"] for entry in record["history"])
+def relabel(trained: SimpleNamespace, root: Path, **told: list[int]) -> SimpleNamespace:
+    """FS-LTR's last stage, its validations after 0, 4 and 8 steps scored as told."""
+    shutil.copytree(trained.stages / "pretrain", root / "pretrain")
+
+    def ranked(*arguments: object) -> dict[str, float]:
+        return {**pretrain_metrics(*arguments), "score": float(told["ranking"].pop(0))}
+
+    def found(network: Cascade, part: str, *arguments: object) -> dict[str, float]:
+        return {**tower_metrics(network, part, *arguments), "score": float(told[part].pop(0))}
+
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("model.training.cascade.tower_metrics", found)
+        patch.setattr("model.training.cascade.pretrain_metrics", ranked)
+        record = train_stage("relabel", trained.folder, CASCADE, LEARNING, root, root / "checkpoints", seed=5).result
+    torch.set_num_threads(threads)
+    return SimpleNamespace(stages=root, record=record)
+
+
+@pytest.fixture(scope="module")
+def relabelled(trained: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """Recall is best after 4 steps, pre-ranking before the first, DIN after 8."""
+    return relabel(trained, tmp_path_factory.mktemp("relabelled"), recall=[1, 3, 2], prerank=[3, 1, 2], ranking=[1, 2, 3])
+
+
+def moved(trained: SimpleNamespace, stages: Path) -> set[str]:
+    """Parts of MCA that relabelling changed."""
+    before, after = (load_stage(stage, trained.samples, CASCADE, folder, 5).state_dict() for stage, folder in (("pretrain", trained.stages), ("relabel", stages)))
+    return {name.split(".")[0] for name, weight in after.items() if not torch.equal(weight, before[name])}
+
+
+def test_every_network_of_fs_ltr_keeps_what_was_best_for_it(trained: SimpleNamespace, relabelled: SimpleNamespace) -> None:
+    record = relabelled.record
+    assert {name: (part["best_step"], part["best_score"]) for name, part in record["parts"].items()} == {"recall": (4, 3.0), "prerank": (0, 3.0)}
+    assert (record["best_step"], record["best_score"]) == (8, 3.0)
+    parts, after = moved(trained, relabelled.stages), load_stage("relabel", trained.samples, CASCADE, relabelled.stages, 5)
+    assert {"recall", "din", "click_head"} <= parts and not parts & {"prerank", "evaluation_evaluator", "slot_bias"}
+    check = newest(trained.samples.split_rows(schema.VALIDATION), LEARNING.relabel.validation_requests)
+    for part, best in (("recall", 4), ("prerank", 0)):
+        told = next(entry for entry in record["parts"][part]["history"] if entry["step"] == best)
+        metrics = tower_metrics(after, part, trained.samples, check, LEARNING.relabel.recall_at)
+        assert {name: told[name] for name in metrics if name != "score"} == {name: value for name, value in metrics.items() if name != "score"}
     # The calibration afterwards leaves the order as it is.
-    assert pretrain_metrics(network, samples, check, 64)["auc"] == pytest.approx(best["auc"], abs=1e-6)
+    assert pretrain_metrics(after, trained.samples, check, 64)["auc"] == pytest.approx(record["history"][-1]["auc"], abs=1e-6)
 
 
-def test_pctr_in_the_slots_has_the_level_of_clicks(trained: SimpleNamespace) -> None:
-    """Of validation days, as they were shown and among the whole city: MCA's after ranking, FS-LTR's after its labels."""
+def test_a_ranking_that_its_labels_do_not_help_stays_calibrated_as_it_was(trained: SimpleNamespace, tmp_path: Path) -> None:
+    found = relabel(trained, tmp_path, recall=[1, 2, 3], prerank=[1, 2, 3], ranking=[3, 2, 1])
+    assert found.record["best_step"] == 0 and moved(trained, found.stages) == set(TOWERS)
+
+
+def test_the_report_shows_every_network_of_relabelling(trained: SimpleNamespace, relabelled: SimpleNamespace) -> None:
+    assert curve_page(relabelled.record).count("<svg") == 3
+    rows = what_moved("fs_ltr", trained.stages, {"ranking": {}, "policies": {}})
+    assert [row["stage"] for row in rows] == ["recall", "prerank", "pretrain", "relabel", "relabel", "relabel"]
+    assert [row["what"].split(",")[0] for row in rows[3:]] == ["Recall@10 of SASRec alone", "Recall@10 of DSSM alone", "AUC"]
+    assert all(row["before"] == before["after"] for row, before in zip(rows[3:5], rows[:2], strict=True))  # it starts where MCA ended
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "relabel"])
+def test_pctr_in_the_slots_has_the_level_of_clicks(trained: SimpleNamespace, relabelled: SimpleNamespace, stage: str) -> None:
+    """Of validation days among the whole city, as a page is priced: MCA's after ranking, FS-LTR's after its labels."""
     samples, rows = trained.samples, trained.samples.split_rows(schema.VALIDATION)
-    for stage in ("pretrain", "relabel"):
-        network = load_stage(stage, samples, CASCADE, trained.stages, 5)
-        clicks, purchases = network.evaluator.slot
-        seen = exposed_logits(network, samples, rows, TRAINING.pretrain.calibration_requests)
-        assert abs(seen.level(clicks.numpy())) < 1e-4
-        assert abs(seen.level()) < 1e-4  # q alone has its own
-        terms = network.slot_logits()
-        assert (purchases.diff() <= 0).all() and purchases[0] == terms[0]
-        torch.testing.assert_close(clicks - clicks[0], purchases - purchases[0])
+    assert len(rows) <= LEARNING.pretrain.calibration_requests
+    network = load_stage(stage, samples, CASCADE, trained.stages if stage == "pretrain" else relabelled.stages, 5)
+    terms, (clicks, purchases) = network.slot_logits(), network.evaluator.slot
+    assert float(terms[0] - terms[-1]) > 0.3
+    data = encode_exposed(network, samples, rows, whole_city=True)
+    click, purchase = network.evaluator(*(data[name] for name in PAGE_INPUTS))
+    clicked = float(data["click"][data["mask"]].mean())
+    assert float(click.sigmoid()[data["mask"]].mean()) == pytest.approx(clicked, rel=1e-4)
+    assert float(data["click_logit"].sigmoid()[data["mask"]].mean()) == pytest.approx(clicked, rel=1e-4)  # q alone has its own level
+    assert float(clicks[0] - terms[0]) < -1e-3  # unequal slots raise the mean of a small probability
+    torch.testing.assert_close(purchase, data["purchase_logit"] + purchases)
+    assert (purchases.diff() <= 0).all() and purchases[0] == terms[0]
+    torch.testing.assert_close(clicks - clicks[0], purchases - purchases[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
