@@ -574,14 +574,26 @@ def _clicks(**change: Any) -> Callable[[RunConfig], RunConfig]:
     return lambda config: replace(config, world=replace(config.world, clicks=replace(config.world.clicks, **change)))
 
 
+def _towers(share: float) -> Callable[[RunConfig], RunConfig]:
+    """A knob of the cascade: recall and pre-ranking trained for a share of their steps."""
+
+    def change(config: RunConfig) -> RunConfig:
+        towers = {part: replace(getattr(config.training, part), steps=round(share * getattr(config.training, part).steps)) for part in ("recall", "prerank")}
+        return replace(config, training=replace(config.training, **towers))
+
+    return change
+
+
 KNOBS: dict[str, Callable[[RunConfig], RunConfig]] = {
     "as configured": lambda config: config,
+    "recall and pre-ranking trained a quarter as long": _towers(0.25),
     "value spread 0.5": _synthetic(value_spread=0.5),
     "value spread 1.2": _synthetic(value_spread=1.2),
     "satisfaction spread 0: every ad ends the reading alike": _clicks(satisfaction_spread=0.0),
     "no externality of the candidate set": _clicks(externality=0.0),
 }
-"""What the headline may rest on: how values differ, how ads change the worth of the slots below, what set-aware modelling can see."""
+"""What the headline may rest on: how good the cascade's towers are, how values differ, how ads change the worth of the slots below, what set-aware
+modelling can see."""
 
 CASCADES: dict[str, dict[str, int]] = {"recall 100, pre-ranking 50": {"recall": 100, "prerank": 50}, "recall 800, pre-ranking 400": {"recall": 800, "prerank": 400}}
 """And what the cascade throws away, in the market as configured."""
