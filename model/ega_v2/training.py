@@ -80,4 +80,4 @@ def tokenize(model: EgaV2Model, samples: Samples, config: V2TrainingConfig) -> S
         index[known], np.asarray(samples.place_category)[known], np.asarray(samples.place_position)[known], who[known], samples.creative_embedding, config.tokenize.seed
     )
     history = [{"step": 0, "score": 0.0, **{f"{what}_{name}": value for what, health in found.items() for name, value in asdict(health).items()}}]
-    return StageResult("tokenize", history, 0, 0.0, "", 0)
+    return StageResult("tokenize", history, best_step=0, best_score=0.0, steps=0)
