@@ -85,13 +85,23 @@ def _with_intervals(differences: dict[str, dict[str, Any]] | None) -> dict[str, 
 
 
 def orders(differences: dict[str, dict[str, Any]] | None) -> str:
-    """In words, which paired differences have 95 % intervals above zero, below it, or on both sides; empty where there are none such."""
+    """In words, which paired differences have 95 % intervals above zero, below it, or on both sides; empty where there are none such.
+
+    Of those on one side it says whether new markets would show it too, where several markets can tell.
+    """
     entries = _with_intervals(differences)
+
+    def named(name: str, value: dict[str, float]) -> str:
+        low, high = (value.get(f"markets_{end}") for end in ("low", "high"))
+        if low is None or high is None or not math.isfinite(low + high) or value["low"] <= 0 <= value["high"]:
+            return f"*{name}*"
+        return f"*{name}* ({'not sure in' if low <= 0 <= high else 'also in'} new markets)"
+
     sides = {
-        "above zero": [name for name, value in entries.items() if value["low"] > 0], "below zero": [name for name, value in entries.items() if value["high"] < 0],
-        "no difference shown": [name for name, value in entries.items() if value["low"] <= 0 <= value["high"]],
+        "above zero": lambda low, high: low > 0, "below zero": lambda low, high: high < 0, "no difference shown": lambda low, high: low <= 0 <= high,
     }  # fmt: skip
-    return "\n".join(f"- {side}: {'; '.join(f'*{name}*' for name in names)}" for side, names in sides.items() if names)
+    found = {side: [named(name, value) for name, value in entries.items() if holds(value["low"], value["high"])] for side, holds in sides.items()}
+    return "\n".join(f"- {side}: {'; '.join(names)}" for side, names in found.items() if names)
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, Any]:

@@ -400,7 +400,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {"-gcf": {"gcf_on_ads": False}, "-mif": {
 
 
 def _ablations(path: Path, data: Path | None, seed: int) -> dict[str, Any]:
-    """One seed of table 2: a row a variant, and its true eRPM against the whole model's on the same requests."""
+    """One seed of table 2: a row a variant, and its true eRPM and welfare against the whole model's on the same requests."""
     from marketplace.truth import paired_lift
 
     with market(path, seed, data) as place:
@@ -421,7 +421,7 @@ def _ablations(path: Path, data: Path | None, seed: int) -> dict[str, Any]:
         name: {"auc": aucs[name], "ectr": float(judged.loc[name, "ectr"]), "erpm": float(judged.loc[name, "erpm"]), "true_ectr": 100 * float(means.loc[name, "clicks"]), "true_erpm": 1000 * float(means.loc[name, "revenue"])}
         for name in names
     }  # fmt: skip
-    return {"rows": rows, "lifts": {name: paired_lift(scored, "ega_v1", name) for name in names[1:]}}
+    return {"rows": rows, "lifts": {name: {f"true {title}": paired_lift(scored, "ega_v1", name, metric) for title, metric in (("eRPM", "revenue"), ("welfare", "welfare"))} for name in names[1:]}}
 
 
 def table2(config: Path | None = None, data: Path | None = None, seeds: int = 5, quick: bool = False, keep: Path | None = None) -> dict[str, Any]:
@@ -430,10 +430,14 @@ def table2(config: Path | None = None, data: Path | None = None, seeds: int = 5,
     found, minutes = side_by_side(path, {f"seed {seed}": partial(_ablations, path, data, seed) for seed in markets}, keep)
     per_seed, lifts = [each["rows"] for each in found], [each["lifts"] for each in found]
     summary = {name: mean_and_deviation([rows[name] for rows in per_seed]) for name in per_seed[0]}
-    effects = {name: pooled([each[name] for each in lifts]) for name in lifts[0]}
+    effects = {name: {measure: pooled([each[name][measure] for each in lifts]) for measure in measures} for name, measures in lifts[0].items()}
+    against = {
+        name: {column: text for measure, entry in measures.items() for column, text in ((f"{measure} against the whole", _lift(entry)), (f"{measure}, new markets", _percents(entry, "markets_")))}
+        for name, measures in {"ega_v1": {}, **effects}.items()
+    }
+    columns = list(against["-auf"])
     table = [
-        {"model": name, **{COLUMNS[key]: _spread(value) for key, value in values.items()},
-         "true eRPM against the whole": "" if name == "ega_v1" else _lift(effects[name]), "new markets": "" if name == "ega_v1" else _percents(effects[name], "markets_")}
+        {"model": name, **{COLUMNS[key]: _spread(value) for key, value in values.items()}, **{column: against[name].get(column, "") for column in columns}}
         for name, values in summary.items()
     ]  # fmt: skip
     return {**provenance(path, markets, minutes), "table": table, "summary": summary, "differences": effects, "per_seed": per_seed, "differences_per_seed": lifts, "paper": PAPER_TABLE2}

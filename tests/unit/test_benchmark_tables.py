@@ -62,6 +62,8 @@ def test_the_page_of_results_holds_what_the_files_say(first: Path, tmp_path: Pat
         side = "above zero" if entry["low"] > 0 else "below zero" if entry["high"] < 0 else "no difference shown"
         assert f"*{name}*" in next(line for line in page.splitlines() if line.startswith(f"- {side}: "))
     assert orders({"a": {"lift": 1.0, "low": 0.5, "high": 2.0}, "b": {"low": -1.0, "high": 1.0}, "c": {"low": None, "high": None}}) == "- above zero: *a*\n- no difference shown: *b*"
+    markets = {"a": {"low": 0.5, "high": 2.0, "markets_low": 0.1, "markets_high": 3.0}, "b": {"low": -2.0, "high": -0.5, "markets_low": -3.0, "markets_high": 0.5}}
+    assert orders(markets) == "- above zero: *a* (also in new markets)\n- below zero: *b* (not sure in new markets)"
     assert orders(None) == ""
     with pytest.raises(FileNotFoundError, match="no results in .*; make some first, e.g. `ega bench table1"):
         write_results(tmp_path / "none", out)
@@ -69,7 +71,7 @@ def test_the_page_of_results_holds_what_the_files_say(first: Path, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("name", "rows", "drawn"),
-    [("table2", ["ega_v1", "-gcf", "-mif", "-auf"], "-mif"), ("table3", [*tables.TABLE3, "EGA-V1, no crosses", "MCA, no crosses", *tables.TRUTHS], "late fusion"),
+    [("table2", ["ega_v1", "-gcf", "-mif", "-auf"], "-mif, true eRPM"), ("table3", [*tables.TABLE3, "EGA-V1, no crosses", "MCA, no crosses", *tables.TRUTHS], "late fusion"),
      ("scaling", ["m", "m", "m_e", "m_e"], "AUC over m"), ("sensitivity", ["as configured", *tables.CASCADES], "recall 100, pre-ranking 50, true revenue")],
 )  # fmt: skip
 def test_the_other_tables_have_a_row_for_every_variant_and_a_plot(name: str, rows: list[str], drawn: str, tmp_path: Path) -> None:
