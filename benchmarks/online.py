@@ -59,7 +59,7 @@ Drive = Callable[..., "MonitorResult"]
 def table4(drive: Drive, config: Path | None = None, data: Path | None = None, seed: int | None = None, quick: bool = False) -> dict[str, Any]:
     """Table 4: CTR, RPM, ROI and response time of EGA-V1 against MCA; first an A/A test of the chain. ValueError when the gates refuse a model.
 
-    Two comparisons: both arms at the prices that the gates chose (truthful ones), and MCA charging GSP as published. Bids are truthful in both,
+    Two comparisons: both arms at the prices that the gates chose (critical or learned ones), and MCA charging GSP as published. Bids are truthful in both,
     and truthful GSP overcharges: what it earns more than the first comparison's MCA no advertiser would go on paying.
     """
     from pipelines.config import load_run_config
@@ -150,7 +150,7 @@ def _read(world: World, folder: Path, result: MonitorResult) -> dict[str, Any]:
             **{name: entry["control" if arm == CONTROL else "treatment"] for name, entry in lifts.items()},
         }  # fmt: skip
     days = sorted({str(day)[:10] for day in result.analysis.days["day"]})
-    return {"lifts": lifts, "true_lifts": true_lifts(world, folder / "logs"), "arms": arms, "verdict": result.analysis.verdict.headline, "days": days}
+    return {"lifts": lifts, "true_lifts": true_lifts(world, folder / "logs"), "arms": arms, "verdict": result.analysis.verdict.headline, "reasons": result.analysis.verdict.reasons, "days": days}
 
 
 def _service_facts(home: Path) -> pd.DataFrame:
@@ -199,11 +199,16 @@ def _change(entry: dict[str, float]) -> str:
     return f"{lift:+.1f} % ({low:+.1f} to {high:+.1f})" if lift == lift else "unknown"
 
 
+def _verdict(entry: dict[str, Any]) -> str:
+    """An experiment's verdict; of a stopped one also what it was stopped for."""
+    return ". ".join([entry["verdict"], *(reason.rstrip(".") for reason in entry["reasons"])]) if entry["verdict"].startswith("Stop") else str(entry["verdict"])
+
+
 def _arm_rows(found: dict[str, dict[str, Any]], labels: dict[str, str]) -> list[dict[str, Any]]:
     """A row an arm: the model that really answered, how it priced, and the levels."""
     kinds = {tag.split(":")[-1]: label for tag, label in labels.items()}
     return [
         {"experiment": name, "arm": arm, "model": kinds.get(values["version"].split(":")[-1], values["version"]), "prices charged": values["prices"], "users": values["users"],
-         "requests": values["requests"], "CTR %": values["ctr"], "RPM": values["rpm"], "ROI": values["roi"], "response ms": values["response_ms"], "verdict": entry["verdict"] if arm == TREATMENT else ""}
+         "requests": values["requests"], "CTR %": values["ctr"], "RPM": values["rpm"], "ROI": values["roi"], "response ms": values["response_ms"], "verdict": _verdict(entry) if arm == TREATMENT else ""}
         for name, entry in found.items() for arm, values in entry["arms"].items()
     ]  # fmt: skip

@@ -101,7 +101,7 @@ def _run(config: RunConfig, run_dir: Path, data: Path | None, logs: Path | None,
                 _section(step, total, "logs of a simulated city" if data is None or config.world.kind == "synthetic" else f"logs on real check-ins of {data}")
                 logs = _simulate(config, run_dir, data)
             step += 1
-            _section(step, total, "pipeline train-and-approve: validate, features, samples, four training stages, gates")
+            _section(step, total, "pipeline train-and-approve: validate, features, samples, training stages, gates")
             verdict = run_pipeline(config, logs, run_dir, home, fresh=simulated)
             truth = _truth(run_dir) if simulated else None
             approved = not verdict.startswith("rejected")

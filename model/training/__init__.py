@@ -1,1 +1,1 @@
-"""The four training stages, their data and their checkpoints."""
+"""The training stages of every kind, their data and their checkpoints."""

@@ -185,6 +185,12 @@ def test_a_model_that_the_gates_refuse_ends_table4_and_says_why(tmp_path: Path, 
         online._approved(config, run, tmp_path / "home" / "ci")
 
 
+def test_a_stopped_experiment_says_in_its_row_what_it_was_stopped_for() -> None:
+    stopped = {"verdict": "Stop: ega breaks a guardrail", "reasons": ["Charged over critical price +4.0 % (+3.0 % to +5.0 %), limit +1.0 %."]}
+    assert online._verdict(stopped) == "Stop: ega breaks a guardrail. Charged over critical price +4.0 % (+3.0 % to +5.0 %), limit +1.0 %"
+    assert online._verdict({"verdict": "No difference shown", "reasons": ["Lifts from -5 % to 5 % remain possible."]}) == "No difference shown"
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_table4_drives_both_approved_models_with_simulated_users(tmp_path: Path) -> None:
