@@ -102,7 +102,7 @@ def test_the_token_guards_everything_but_the_probes(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_slow_body_is_cut_off_and_holds_no_slot() -> None:
-    gate = Gate(echo, config(body_deadline_seconds=0.2, admission_limit=1), token="")
+    gate = Gate(echo, config(body_deadline_seconds=1.0, admission_limit=1), token="")
 
     async def work() -> Any:
         slow = [asyncio.create_task(call(gate, parts=[b" ", b"{}"], pause=5.0)) for _ in range(30)]
@@ -304,10 +304,10 @@ def test_draining_answers_and_closes_each_connection() -> None:
 
 
 def test_bodies_in_memory_have_a_budget() -> None:
-    gate = Gate(echo, config(body_limit_bytes=100, body_budget_bytes=150, body_deadline_seconds=0.3), token="")
+    gate = Gate(echo, config(body_limit_bytes=100, body_budget_bytes=150, body_deadline_seconds=1.5), token="")
 
     async def work() -> Any:
-        waiting = asyncio.create_task(call(gate, JSON | {"content-length": "100"}, parts=[b"{}"], pause=1.0))
+        waiting = asyncio.create_task(call(gate, JSON | {"content-length": "100"}, parts=[b"{}"], pause=9.0))
         await asyncio.sleep(0.05)
         over = await call(gate, JSON | {"content-length": "90"}, parts=[b"{}"])
         await waiting

@@ -45,7 +45,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def service(home: Path) -> Iterator[Running]:
     log = home / "service.log"
-    with running_service(ServingConfig(home=home, arms=ARMS, feature_deadline_ms=500.0), log=log) as running:
+    with running_service(ServingConfig(home=home, arms=ARMS, feature_deadline_ms=5000.0), log=log) as running:
         yield running
     assert "Traceback" not in log.read_text()
 
@@ -378,7 +378,7 @@ def test_a_broken_pricing_rule_is_caught_served_by_gsp_and_counted(home: Path, t
     flag = tmp_path / "broken"
     (tmp_path / "sitecustomize.py").write_text(SABOTAGE.format(flag=str(flag)))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    own = ServingConfig(home=home, arms=(Arm(name="ega", policy="model"),), feature_deadline_ms=500.0)
+    own = ServingConfig(home=home, arms=(Arm(name="ega", policy="model"),), feature_deadline_ms=5000.0)
     with running_service(own, log=tmp_path / "log") as running, httpx.Client(base_url=running.url, trust_env=False, timeout=20.0) as asking:
         honest = post(asking, BODY).json()
         assert honest["price_mode"] == "critical" and honest["degraded"] == [] and "\nega_price_fallback_total{" not in asking.get("/metrics").text

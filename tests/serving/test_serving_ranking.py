@@ -231,9 +231,9 @@ def test_features_late_failing_or_missing_degrade_in_time() -> None:
     assert reasons == [users.LATE] * 5
     time.sleep(0.6)
     assert slow(1)[1] == users.LATE and slow(1)[1] == users.LATE  # probes again once the thread is free
-    assert UserReader(lambda _: None, 0.2)(1) == (None, users.UNKNOWN)
-    assert UserReader(lambda _: 1 / 0, 0.2)(1) == (None, users.FAILED)
-    assert UserReader(lambda user: user + 1, 0.2)(1) == (2, None)
+    assert UserReader(lambda _: None, 20.0)(1) == (None, users.UNKNOWN)
+    assert UserReader(lambda _: 1 / 0, 20.0)(1) == (None, users.FAILED)
+    assert UserReader(lambda user: user + 1, 20.0)(1) == (2, None)
 
 
 def test_arms_are_stable_and_as_large_as_asked() -> None:
