@@ -29,6 +29,7 @@ import pandas as pd
 if TYPE_CHECKING:
     from marketplace.oracle import Limits
     from marketplace.worlds import World
+    from model.cascade.config import CascadeConfig
     from model.ega_v1.network import NetworkConfig, RankingModel
     from model.evaluation.replay import Replay
     from model.training.data import Samples
@@ -296,6 +297,15 @@ PAPER_TABLE1 = {
 NAMES = {"mca": "MCA", "fs_ltr": "FS-LTR", "ega_v1": "EGA-V1"}
 
 
+CASCADES: dict[str, Callable[[CascadeConfig], CascadeConfig]] = {
+    "MCA, recall 100 and pre-ranking 50": lambda config: replace(config, recall=100, prerank=50),
+    "MCA without pre-ranking": lambda config: replace(config, prerank=config.recall),
+    "DIN on the whole city": lambda config: replace(config, recall=1 << 30, prerank=1 << 30),
+}
+"""MCA with other numbers of ads handed on, which are no part of its training. Without pre-ranking the auction sees every bid that recall leaves: more than a
+pre-ranking that reads bids could hand on."""
+
+
 def _kinds(place: Market) -> dict[str, RankingModel]:
     """MCA, FS-LTR (which goes on from MCA's stages) and EGA-V1 on the same samples."""
     model = place.config.model
@@ -305,8 +315,20 @@ def _kinds(place: Market) -> dict[str, RankingModel]:
     return found
 
 
+def _other_cascades(place: Market) -> Iterator[pd.DataFrame]:
+    """Pages at critical prices of the trained MCA with the numbers of CASCADES, under their names."""
+    from model.training.run import load_stage
+
+    mca = replace(place.config.model, kind="mca")
+    for name, change in CASCADES.items():
+        say(f"seed {place.seed}: replay of {name}")
+        network = load_stage("evaluation", place.samples, replace(mca, cascade=change(mca.cascade)), place.folder / "mca" / "stages", place.seed)
+        pages = place.replay(network).pages
+        yield pages[pages["policy"] == "mca/critical"].assign(policy=name)
+
+
 def compare_kinds(place: Market) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
-    """One seed of table 1: a row a model, and EGA-V1's paired differences to both cascades.
+    """One seed of table 1: a row a model, and EGA-V1's paired differences to both cascades and to CASCADES.
 
     GSP at its lowest envy-free equilibrium charges the VCG prices of the same ranking (Edelman et al. 2007; Varian 2007): policy `<kind>/vcg`.
     """
@@ -325,7 +347,7 @@ def compare_kinds(place: Market) -> tuple[dict[str, dict[str, float]], dict[str,
     published = {"mca": "mca/gsp", "fs_ltr": "fs_ltr/gsp", "ega_v1": f"ega_v1/{mode}"}
     wanted = {*published.values(), *(f"{kind}/{rule}" for kind in networks for rule in ("critical", "vcg"))}
     pages = pd.concat([found.pages[found.pages["policy"].isin(wanted)] for found in replays.values()], ignore_index=True)
-    scored = place.truth(pages)
+    scored = place.truth(pd.concat([pages, *_other_cascades(place)], ignore_index=True))
     judged = refereed(place, networks["ega_v1"], pages)
     limit = shares(scored, scored["request_id"].unique(), place.limits(scored), "mca/critical")["policies"]
     means = scored.groupby("policy")[["clicks", "revenue"]].mean()
@@ -351,6 +373,9 @@ def compare_kinds(place: Market) -> tuple[dict[str, dict[str, float]], dict[str,
         lifts[f"true eRPM over {NAMES[rival]}, as published"] = paired_lift(scored, published[rival], published["ega_v1"])
         lifts[f"true eRPM as published over {NAMES[rival]} with GSP at equilibrium"] = paired_lift(scored, f"{rival}/vcg", published["ega_v1"])
         lifts[f"true welfare over {NAMES[rival]}"] = paired_lift(scored, f"{rival}/critical", "ega_v1/critical", "welfare")
+    for name in CASCADES:
+        lifts[f"true eRPM over {name}, both critical"] = paired_lift(scored, name, "ega_v1/critical")
+        lifts[f"true welfare over {name}"] = paired_lift(scored, name, "ega_v1/critical", "welfare")
     return rows, lifts
 
 
@@ -597,38 +622,28 @@ KNOBS: dict[str, Callable[[RunConfig], RunConfig]] = {
     "no externality of the candidate set": _clicks(externality=0.0),
 }
 """What the headline may rest on: how good the cascade's towers are, how values differ, how ads change the worth of the slots below, what set-aware
-modelling can see."""
+modelling can see. What the narrow stages throw away is in table 1 (CASCADES)."""
 
-CASCADES: dict[str, dict[str, int]] = {"recall 100, pre-ranking 50": {"recall": 100, "prerank": 50}, "recall 800, pre-ranking 400": {"recall": 800, "prerank": 400}}
-"""And what the cascade throws away, in the market as configured."""
-
-
-def _under(path: Path, knob: str, seed: int) -> dict[str, Any]:
-    """EGA-V1 over MCA under one knob and seed: a row, and one for each of CASCADES where the market is as configured."""
+def _under(path: Path, knob: str, seed: int) -> dict[str, dict[str, float]]:
+    """EGA-V1 over MCA under one knob and seed."""
     from marketplace.truth import paired_lift
-    from model.training.run import load_stage
 
     with market(path, seed, None, KNOBS[knob]) as place:
-        mca = replace(place.config.model, kind="mca")
-        networks = {knob: place.train("mca", mca, until="pretrain")}
-        for name, change in (CASCADES if knob == "as configured" else {}).items():  # how many are handed on is no part of training
-            networks[name] = load_stage("pretrain", place.samples, replace(mca, cascade=replace(mca.cascade, **change)), place.folder / "mca" / "stages", seed)
-        ours = place.replay(place.train("ega_v1", replace(place.config.model, kind="ega_v1"), until="rlaf")).pages
-        pages = [ours[ours["policy"] == "ega_v1/critical"]]
-        for name, network in networks.items():
-            found = place.replay(network).pages
-            pages.append(found[found["policy"] == "mca/critical"].assign(policy=name))
+        pages = []
+        for kind, until in (("mca", "pretrain"), ("ega_v1", "rlaf")):
+            found = place.replay(place.train(kind, replace(place.config.model, kind=kind), until=until)).pages
+            pages.append(found[found["policy"] == f"{kind}/critical"])
         scored = place.truth(pd.concat(pages, ignore_index=True))
-    return {name: {metric: paired_lift(scored, name, "ega_v1/critical", metric) for metric in ("revenue", "welfare")} for name in networks}
+    return {f"true {metric}": paired_lift(scored, "mca/critical", "ega_v1/critical", metric) for metric in ("revenue", "welfare")}
 
 
 def sensitivity(config: Path | None = None, seeds: int = 1, quick: bool = False, keep: Path | None = None) -> dict[str, Any]:
-    """The headline, EGA-V1 over MCA at critical prices in truth, under other knobs of the market and of the cascade."""
+    """The headline, EGA-V1 over MCA at critical prices in truth, under other knobs of the market and of the towers' training."""
     path, markets = _setting(config, seeds, quick)
     knobs = list(KNOBS)[:1] if quick else list(KNOBS)
     found, minutes = side_by_side(path, {f"knob {number}, seed {seed}": partial(_under, path, knob, seed) for number, knob in enumerate(knobs) for seed in markets}, keep)
-    names = list(dict.fromkeys(name for each in found for name in each))
-    lifts = {name: {f"true {metric}": pooled([each[name][metric] for each in found if name in each]) for metric in ("revenue", "welfare")} for name in names}
+    per_knob = {knob: found[number * len(markets) : (number + 1) * len(markets)] for number, knob in enumerate(knobs)}
+    lifts = {knob: {metric: pooled([each[metric] for each in seeds_found]) for metric in seeds_found[0]} for knob, seeds_found in per_knob.items()}
     table = [{"market": name, **{metric: _lift(entry) for metric, entry in each.items()}} for name, each in lifts.items()]
     return {**provenance(path, markets, minutes), "table": table, "differences": lifts}
 
