@@ -510,10 +510,12 @@ PAPER_TABLE3 = {
 
 
 def _parts_removed(path: Path, data: Path | None, seed: int) -> dict[str, Any]:
-    """One seed of table 3."""
+    """One seed of table 3: AUC among sampled candidates, as in pre-training, and Dev among the whole city, as in serving."""
+    import torch
+
     from marketplace import schema
     from model.evaluation.metrics import auc, calibration_bins, deviation
-    from model.training.stages import newest, sampled_scores
+    from model.training.stages import encode_exposed, newest, sampled_scores
 
     variants = {name: {**change, "cross_features": True} for name, change in TABLE3.items()}
     variants |= {f"{name}, no crosses": {**TABLE3[name], "cross_features": False} for name in ("EGA-V1", "MCA")}
@@ -523,15 +525,17 @@ def _parts_removed(path: Path, data: Path | None, seed: int) -> dict[str, Any]:
         for name, change in variants.items():
             network = place.train(name, replace(place.config.model, **{"kind": "ega_v1", **change}), until="pretrain")
             q, placed, y, shown, _ = sampled_scores(network, place.samples, test, 128)
-            predicted, observed, _ = calibration_bins(y[shown], q[shown])
-            rows[name] = {"auc": auc(y, q), "auc_exposed": auc(y[shown], placed[shown]), "dev": deviation(q[shown], y[shown]), "clicks_over_predicted": (observed / predicted).tolist()}
+            served = encode_exposed(network, place.samples, test, whole_city=True)
+            pctr, clicked = (value[served["mask"]].numpy() for value in (torch.sigmoid(served["click_logit"]), served["click"]))
+            predicted, observed, _ = calibration_bins(clicked, pctr)
+            rows[name] = {"auc": auc(y, q), "auc_exposed": auc(y[shown], placed[shown]), "dev": deviation(pctr, clicked), "clicks_over_predicted": (observed / predicted).tolist()}
         for name, substitutes in TRUTHS.items():
             rows[name] = {**true_aucs(place, test, substitutes), "dev": float("nan")}
     return rows
 
 
 def table3(config: Path | None = None, data: Path | None = None, seeds: int = 5, quick: bool = False, keep: Path | None = None) -> dict[str, Any]:
-    """Table 3: AUC on sampled candidates and Dev of the set-aware pCTR, with and without explicit crosses and with parts of MIF removed;
+    """Table 3: AUC on sampled candidates and Dev of the set-aware pCTR among the whole city, with and without explicit crosses and with parts of MIF removed;
     below them the AUC of the market's truth, with and without what an ad's substitutes do to it."""
     path, markets = _setting(config, seeds, quick)
     per_seed, minutes = side_by_side(path, {f"seed {seed}": partial(_parts_removed, path, data, seed) for seed in markets}, keep)
