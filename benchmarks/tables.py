@@ -628,6 +628,7 @@ KNOBS: dict[str, Callable[[RunConfig], RunConfig]] = {
 """What the headline may rest on: how good the cascade's towers are, how values differ, how ads change the worth of the slots below, what set-aware
 modelling can see. What the narrow stages throw away is in table 1 (CASCADES)."""
 
+
 def _under(path: Path, knob: str, seed: int) -> dict[str, dict[str, float]]:
     """EGA-V1 over MCA under one knob and seed."""
     from marketplace.truth import paired_lift

@@ -46,6 +46,8 @@ def test_table1_compares_three_trained_models_by_evaluator_and_truth(first: Path
     for rival in ("MCA", "FS-LTR"):
         assert result["differences"][f"true eRPM as published over {rival} with GSP at equilibrium"]["lift"] > result["differences"][f"true eRPM over {rival}, as published"]["lift"]
     assert {f"true {measure}" for name in tables.CASCADES for measure in (f"eRPM over {name}, both critical", f"welfare over {name}")} <= set(result["differences"])
+    over = {name: result["differences"][f"true welfare over {name}"]["lift"] for name in ("MCA", "MCA without pre-ranking", "DIN on the whole city")}
+    assert len(set(over.values())) == len(over), "20, 30 and all 60 ads of a city reach DIN: other pages"
     for name, entry in result["differences"].items():
         assert entry["low"] <= entry["lift"] <= entry["high"], name
     assert result["command"] == "ega bench table1 --quick" and result["minutes"] > 0
