@@ -50,7 +50,10 @@ def write_results(folder: Path, out: Path) -> int:
         raise FileNotFoundError(f"no results in {folder}; make some first, e.g. `ega bench table1 --out {folder}/table1.json`")
     parts = [HEAD]
     for name in [*(name for name in SECTIONS if name in files), *(name for name in files if name not in SECTIONS)]:
-        result = json.loads(files[name].read_text())
+        try:
+            result = json.loads(files[name].read_text())
+        except ValueError as error:
+            raise ValueError(f"{files[name]} is no JSON ({error}); delete it, or make it again with `ega bench NAME --out {files[name]}`") from error
         heading, context = SECTIONS.get(name, (name, ""))
         parts.append(f"## {heading}\n\n{command_of(result, files[name])}\n")
         parts += [f"{context}\n"] if context else []

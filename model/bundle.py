@@ -106,6 +106,10 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except OSError as error:
+        if error.errno is not None:  # of the system: a full disk names no file, the others the part
+            error.filename = str(path)
+        raise
     finally:
         part.unlink(missing_ok=True)
     descriptor = os.open(path.parent, os.O_RDONLY)

@@ -70,6 +70,12 @@ def test_the_page_of_results_holds_what_the_files_say(first: Path, tmp_path: Pat
     assert orders(None) == ""
     with pytest.raises(FileNotFoundError, match="no results in .*; make some first, e.g. `ega bench table1"):
         write_results(tmp_path / "none", out)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "table1.json").write_bytes(b"")
+    before = out.read_bytes()
+    with pytest.raises(ValueError, match=r"damaged/table1\.json is no JSON .*make it again"):
+        write_results(tmp_path / "damaged", out)
+    assert out.read_bytes() == before
 
 
 @pytest.mark.parametrize(
