@@ -67,8 +67,11 @@ def test_an_event_log_that_a_service_writes_is_not_moved(tmp_path):
     (tmp_path / "events").mkdir()
     (tmp_path / "events" / "events.db").write_text("live")
     environment = os.environ | {SETTINGS_VARIABLE: str(tmp_path / "serving" / "settings-3000.json")}
-    with subprocess.Popen([sys.executable, "-c", "input()"], env=environment, stdin=subprocess.PIPE) as service:
+    running = [sys.executable, "-c", "print('up', flush=True); input()"]
+    with subprocess.Popen(running, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as service:
         try:
+            # The system shows an empty environment for a moment while a process starts, so wait until it runs.
+            assert service.stdout is not None and service.stdout.readline() == b"up\n"
             with pytest.raises(ab.AbError, match=f"process {service.pid}"):
                 ab._set_aside(tmp_path)
         finally:
