@@ -103,11 +103,13 @@ def market(path: Path, seed: int, data: Path | None, change: Callable[[RunConfig
     from features.sampling import sample_requests
     from marketplace.worlds import build_world
     from model.training.data import Samples
+    from model.training.loop import Device
     from pipelines.config import load_run_config
 
     data = None if data is None else find_data(path.stem, data)
     config = load_run_config(path, seed=seed)
     config = config if change is None else change(config)
+    Device(config.training.device).require()
     if config.world is None:
         raise ValueError(f"{path} names no world; the tables need a market whose truth is known")
     with tempfile.TemporaryDirectory(prefix="ega-tables-") as folder:
@@ -117,7 +119,7 @@ def market(path: Path, seed: int, data: Path | None, change: Callable[[RunConfig
         world.write_logs(base / "logs")
         build_features(base / "logs", base / "home", config.features.behaviours, fresh=True)
         sample_requests(base / "logs", base / "home", base / "samples", config.sampling, seed)
-        yield Market(config, world, Samples(base / "samples"), base)
+        yield Market(config, world, Samples(base / "samples", config.training.device), base)
 
 
 def provenance(path: Path, seeds: list[int], minutes: float) -> dict[str, Any]:

@@ -45,6 +45,14 @@ def run_command(
     return _run(config, run_dir, Path(given["data"]) if given["data"] else None, Path(given["logs"]) if given["logs"] else None, no_experiment)
 
 
+def _require_device(config: RunConfig) -> None:
+    """Raises ValueError where the configuration trains on a GPU and there is none: before the logs are made, not after."""
+    if config.training.device != "cpu":
+        from model.training.loop import Device
+
+        Device(config.training.device).require()
+
+
 def _prepare(
     config_path: Path | None, data: Path | None, logs: Path | None, resume: str | None, run_id: str | None, runs: Path, seed: int | None
 ) -> tuple[RunConfig, Path, dict[str, str | None]]:
@@ -57,10 +65,13 @@ def _prepare(
         if run_dir is None:
             known = ", ".join(sorted(path.parent.name for path in runs.glob("*/run.json"))) or "none"
             raise FileNotFoundError(f"no run {resume!r} to resume; runs in {runs}: {known}")
-        return load_run_config(run_dir / "config.yaml"), run_dir, json.loads((run_dir / "run.json").read_text())
+        config = load_run_config(run_dir / "config.yaml")
+        _require_device(config)
+        return config, run_dir, json.loads((run_dir / "run.json").read_text())
     if config_path is None:
         raise ValueError("give the YAML of a run, e.g. `ega run config/quickstart.yaml`, or --resume RUN")
     config = load_run_config(config_path, seed=seed)
+    _require_device(config)
     if logs is not None and not logs.is_dir():
         raise FileNotFoundError(f"--logs {logs} is not a folder; docs/data.md describes what it must hold")
     if logs is None and config.world is None:

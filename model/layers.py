@@ -46,8 +46,9 @@ class Dice(nn.Module):
         rows = x_BND.reshape(-1, x_BND.shape[-1]).float()
         weight = torch.ones(len(rows), device=rows.device) if mask_BN is None else mask_BN.expand(x_BND.shape[:2]).reshape(-1).float()
         weight = weight / weight.sum().clamp(min=1.0)
-        mean = weight @ rows
-        variance = (weight @ rows.square() - mean.square()).clamp(min=0.0)
+        with torch.autocast(rows.device.type, enabled=False):  # a difference of squares needs float32
+            mean = weight @ rows
+            variance = (weight @ rows.square() - mean.square()).clamp(min=0.0)
         self.mean.lerp_(mean, self.momentum)
         self.variance.lerp_(variance, self.momentum)
 

@@ -57,9 +57,13 @@ class Pool:
         """[R, N] what an allocation may show: real ads whose bid meets their reserve. Attention sees `mask`, not this."""
         return self.mask & (self.bid >= self.reserve) & (self.bid > 0)
 
+    def tensor(self, values: np.ndarray) -> Tensor:
+        """An array where the representations are."""
+        return torch.from_numpy(values).to(self.h.device)
+
     def take(self, index: np.ndarray) -> Pool:
         """The same for some requests, by position."""
-        i = torch.from_numpy(np.asarray(index))
+        i = self.tensor(np.asarray(index))
         return Pool(
             self.requests[index], self.h[i], self.codes[i], self.user[i], self.click[i], self.purchase[i], self.bid[i], self.reserve[i], self.mask[i],
             self.ad_rows[index], self.unit[index], {name: value[i] for name, value in self.extra.items()},
@@ -127,7 +131,7 @@ def page_logits(evaluator: torch.nn.Module, pool: Pool, page_BK: Tensor) -> tupl
 def affinities(network: RankingModel, pool: Pool, slots: int, learned: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """A and e^{w+M} of the first slots, [B, N, slots] each; 0 and 1 where the ranking is by q*b."""
     if learned and network.generator is not None:
-        affinity, slope = (x[..., :slots].double().numpy() for x in network.generator(pool.h, pool.mask, pool.user))
+        affinity, slope = (x[..., :slots].double().numpy(force=True) for x in network.generator(pool.h, pool.mask, pool.user))
         return affinity, slope
     shape = (*pool.mask.shape, slots)
     return np.zeros(shape), np.ones(shape)
@@ -141,11 +145,11 @@ def allocate(
     """Greedy pages with their thresholds and truthful prices. `learned=False` ranks by q*b (A = M = 0); `slots` < K fills the
     first slots only, and the prices are those of an auction for these slots. `eligible` [B, N] filters the allocation and nothing
     else: attention always sees `pool.mask`, so neither a filter nor a bid below its reserve can change an affinity."""
-    q = torch.sigmoid(pool.click).double().numpy()
-    bids, reserves = pool.bid.double().numpy(), pool.reserve.double().numpy()
+    q = torch.sigmoid(pool.click).double().numpy(force=True)
+    bids, reserves = pool.bid.double().numpy(force=True), pool.reserve.double().numpy(force=True)
     slots = slots or network.config.slots
     affinity_BNK, slopes_BNK = affinities(network, pool, slots, learned)
-    allowed = pool.mask.numpy() if eligible is None else pool.mask.numpy() & eligible
+    allowed = pool.mask.numpy(force=True) if eligible is None else pool.mask.numpy(force=True) & eligible
     return allocate_scored(pool, q, bids, reserves, affinity_BNK, slopes_BNK, allowed, evaluator or network.evaluator, tie_key)
 
 
@@ -188,8 +192,8 @@ def price_pages(
     """CTRs of the pages and their counterfactuals under `evaluator`, and the prices that follow."""
     batch, slots = found.pages.shape
     every = np.concatenate([found.pages[:, None], found.moved.reshape(batch, slots * slots, slots)], 1)
-    logit, _ = page_logits(evaluator, pool, torch.from_numpy(every))
-    ctr_all = torch.sigmoid(logit).double().numpy() * (every >= 0)
+    logit, _ = page_logits(evaluator, pool, pool.tensor(every))
+    ctr_all = torch.sigmoid(logit).double().numpy(force=True) * (every >= 0)
     moved = ctr_all[:, 1:].reshape(batch, slots, slots, slots)
     ctr_moved = np.einsum("bill->bil", moved)
     shown = found.pages >= 0
@@ -218,12 +222,12 @@ def audit_losers(network: RankingModel, pool: Pool, pages: Pages, count: int, ev
     Who is not displayed can only overbid. Under critical prices nobody gains by it whatever the CTRs (every threshold exceeds the value);
     under GSP and learned prices somebody may.
     """
-    q, bids = torch.sigmoid(pool.click).double().numpy(), pool.bid.double().numpy()
-    reserves, mask = pool.reserve.double().numpy(), pool.mask.numpy()
+    q, bids = torch.sigmoid(pool.click).double().numpy(force=True), pool.bid.double().numpy(force=True)
+    reserves, mask = pool.reserve.double().numpy(force=True), pool.mask.numpy(force=True)
     slots = pages.theta.shape[-1]
     affinity, slopes = affinities(network, pool, slots)
     market = (q, bids, affinity, slopes, pages.pages)
-    eligible = pool.allowed.numpy()
+    eligible = pool.allowed.numpy(force=True)
     theta = auctions.critical_bids_of_all(*market, eligible, barred=~mask)
     entry = np.maximum(theta[..., -1], reserves)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -238,11 +242,11 @@ def audit_losers(network: RankingModel, pool: Pool, pages: Pages, count: int, ev
     theirs = np.where((losers >= 0)[..., None], np.take_along_axis(theta, at[..., None], 1), np.inf)
     theirs = np.where(moved[..., 0] >= 0, theirs, np.inf)
     floor, own, bid = (np.take_along_axis(values, at, 1) * (losers >= 0) for values in (reserves, q, bids))
-    flat = torch.from_numpy(moved.reshape(batch, many * slots, slots))
+    flat = pool.tensor(moved.reshape(batch, many * slots, slots))
     audits = []
     for evaluator in evaluators:
         logit, _ = page_logits(evaluator, pool, flat)
-        ctr = torch.sigmoid(logit).double().numpy().reshape(moved.shape) * (moved >= 0)
+        ctr = torch.sigmoid(logit).double().numpy(force=True).reshape(moved.shape) * (moved >= 0)
         ctr = np.einsum("bjll->bjl", ctr)
         audits.append(Audit(
             pages=losers, moved=moved, theta=theirs, ctr_moved=ctr, set_ctr=own, bid=bid, reserve=floor, critical_at=step_prices_everywhere(theirs, ctr, floor),
@@ -265,8 +269,7 @@ def others_bids(page_bids: np.ndarray, slot: np.ndarray) -> np.ndarray:
 
 def page_states(pool: Pool, pages: np.ndarray) -> Tensor:
     """h of the ads on pages [B, K]; zero rows where a slot is empty."""
-    index = torch.from_numpy(np.maximum(pages, 0))
-    return take(pool.h, index) * torch.from_numpy(pages >= 0).unsqueeze(-1)
+    return take(pool.h, pool.tensor(np.maximum(pages, 0))) * pool.tensor(pages >= 0).unsqueeze(-1)
 
 
 @dataclass(frozen=True)
@@ -300,7 +303,7 @@ def try_bids(pool: Pool, pages: Audit, trial_BKT: np.ndarray) -> Bidding:
         return np.where(won, np.take_along_axis(values, at, 2), 0.0)
 
     theta = np.maximum(pick(np.where(np.isfinite(pages.theta), pages.theta, 0.0)), 0.0)  # -inf: won at any bid
-    bids = pool.bid.double().numpy()
+    bids = pool.bid.double().numpy(force=True)
     flat = np.maximum(pages.moved, 0).reshape(len(bids), -1)
     moved_bids = np.take_along_axis(bids, flat, 1).reshape(pages.moved.shape) * (pages.moved >= 0)
     page_bids = np.take_along_axis(moved_bids, np.broadcast_to(at[..., None], (*at.shape, slots)), 2)
@@ -318,9 +321,9 @@ def learned_prices(network: RankingModel, pool: Pool, pages: Audit, bidding: Bid
     """Payment network on trial bids, [B, K, T]; differentiable in the network's weights."""
     trials = bidding.bid.shape[2]
     h = page_states(pool, pages.pages).unsqueeze(2).expand(-1, -1, trials, -1)
-    ctr, others, bid, critical, margin = (torch.from_numpy(x).float() for x in (bidding.ctr, bidding.others, bidding.bid, bidding.critical, bidding.margin))
+    ctr, others, bid, critical, margin = (pool.tensor(x).float() for x in (bidding.ctr, bidding.others, bidding.bid, bidding.critical, bidding.margin))
     others = torch.nn.functional.pad(others, (0, network.config.slots - 1 - others.shape[-1]))  # pages of fewer slots
-    reserve = torch.from_numpy(pages.reserve).float().unsqueeze(2).expand_as(bid)
+    reserve = pool.tensor(pages.reserve).float().unsqueeze(2).expand_as(bid)
     return network.payment(h, ctr, others, bid, critical, margin, reserve)
 
 
@@ -330,7 +333,7 @@ def slot_clicks(network: RankingModel, slots: int) -> np.ndarray:
 
     VCG needs clicks that are separable, pCTR times this; they are not, which is why `critical` prices and `vcg` is for comparison.
     """
-    alpha = torch.exp(network.slot_logits()[:slots].double()).numpy()
+    alpha = torch.exp(network.slot_logits()[:slots].double()).numpy(force=True)
     return np.minimum.accumulate(alpha / alpha[0])
 
 
@@ -346,7 +349,7 @@ def prices(network: RankingModel, pool: Pool, pages: Pages, mode: PriceMode) -> 
     elif mode == "first_price":
         value = pages.bid
     elif mode == "learned":
-        value = learned_prices(network, pool, pages, truthful(pool, pages))[..., 0].double().numpy()
+        value = learned_prices(network, pool, pages, truthful(pool, pages))[..., 0].double().numpy(force=True)
         value = np.clip(value, np.minimum(pages.reserve, pages.bid), pages.bid)  # float32 rounding must not exceed the bid
     else:
         raise ValueError(f"price mode {mode!r} is unknown; use one of {', '.join(PRICE_MODES)}")

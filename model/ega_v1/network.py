@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from itertools import accumulate
 from typing import Literal
 
 import numpy as np
@@ -439,7 +440,9 @@ class Evaluator(nn.Module):
         for column, name in enumerate(PAGE_CODES):
             own = own + self.examination_tables[name](codes_BK2[..., column]).squeeze(-1)
         left = -F.softplus(self.EXAMINATION_GAIN * own + self.EXAMINATION_START) * mask_BK
-        return F.pad(torch.cumsum(left, 1)[:, :-1], (1, 0))  # a sum of what is <= 0: it cannot rise, not even by rounding
+        # Term by term, because a GPU's cumsum is not deterministic. A sum of what is <= 0: it cannot rise, not even by rounding.
+        summed = torch.stack(list(accumulate(left.double().unbind(1))), 1).to(left.dtype)
+        return F.pad(summed[:, :-1], (1, 0))
 
     def examination_prior(self, deviation: float) -> Tensor:
         """-log of a Gaussian prior with this standard deviation (in logits) on every weight of g, up to a constant."""

@@ -33,9 +33,11 @@ def evaluate_candidate(
     out: Path, seed: int, incumbent: Incumbent | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Replay the candidate of `stages` on the test days and judge it; returns (and writes) the metrics with the gates."""
-    Device(threads=training.threads).enter()
-    samples = Samples(samples_folder)
+    Device(training.device, training.threads).enter()
+    samples = Samples(samples_folder, training.device)
     network = load_final(samples, network_config, stages, seed)
+    if incumbent is not None:
+        incumbent.network.to(samples.device)
     result = (replay_v2 if network_config.kind == "ega_v2" else replay)(network, samples, config, incumbent)
     mode = choose_price_mode(result.metrics, gates)
     rival = "logged" if incumbent is None else INCUMBENT

@@ -176,12 +176,12 @@ def pools_of(network: RankingModel, samples: Samples, rows: np.ndarray, config: 
     """Requests `rows` over the whole city, a batch at a time."""
     rows = np.sort(rows)
     parts = (rows[start : start + config.batch] for start in range(0, len(rows), config.batch))
-    return ahead(lambda part: encode_city(network, samples, part, candidates=1 << 30, seed=0, batch=config.batch), parts)
+    return ahead(lambda part: encode_city(network, samples, part, candidates=1 << 30, seed=0, batch=config.batch), parts, samples.device)
 
 
 def _recall(pool: Pool, samples: Samples, k: int) -> np.ndarray:
     """Recall@k of what the user clicked or visited elsewhere in the session, among all active ads of the city, by set-aware pCTR."""
-    score = torch.sigmoid(pool.click).numpy() * pool.mask.numpy()
+    score = torch.sigmoid(pool.click).numpy(force=True) * pool.mask.numpy(force=True)
     targets = [positions_of(pool.ad_rows[i], np.asarray(samples.target[row])) for i, row in enumerate(pool.requests)]
     return recall_at(score, targets, k)
 
@@ -198,12 +198,12 @@ def _logged(network: RankingModel, pool: Pool, samples: Samples, exposed: dict[s
     slots = network.config.slots
     rows = pool.requests
     page = logged_pages(pool, samples)
-    tensor = torch.from_numpy(page)
+    tensor = pool.tensor(page)
     ctr = {}
     for name, evaluator in (("evaluator", network.evaluator), ("evaluation", network.evaluation_evaluator)):
         logit, _ = page_logits(evaluator, pool, tensor)
-        ctr[name] = torch.sigmoid(logit).double().numpy()
-    ctr["set"] = torch.sigmoid(torch.gather(pool.click, 1, tensor.clamp(min=0))).double().numpy()
+        ctr[name] = torch.sigmoid(logit).double().numpy(force=True)
+    ctr["set"] = torch.sigmoid(torch.gather(pool.click, 1, tensor.clamp(min=0))).double().numpy(force=True)
     shown = page >= 0
     exposed["click"].append(np.asarray(samples.click[rows, :slots])[shown])
     exposed["user"].append(np.broadcast_to(np.asarray(samples.user_id[rows])[:, None], shown.shape)[shown])
@@ -223,11 +223,11 @@ def _read(network: RankingModel, samples: Samples, rows: np.ndarray, exposed: di
     data = encode_exposed(network, samples, rows, whole_city=True)
     shown = data["mask"]
     page = [data[name] for name in PAGE_INPUTS]
-    exposed["click"].append(data["click"][shown].numpy().astype(samples.click.dtype))
-    exposed["user"].append(np.broadcast_to(np.asarray(samples.user_id[rows])[:, None], shown.shape)[shown.numpy()])
-    exposed["set"].append(torch.sigmoid(data["click_logit"])[shown].double().numpy())
+    exposed["click"].append(data["click"][shown].numpy(force=True).astype(samples.click.dtype))
+    exposed["user"].append(np.broadcast_to(np.asarray(samples.user_id[rows])[:, None], shown.shape)[shown.numpy(force=True)])
+    exposed["set"].append(torch.sigmoid(data["click_logit"])[shown].double().numpy(force=True))
     for name, evaluator in (("evaluator", network.evaluator), ("evaluation", network.evaluation_evaluator)):
-        exposed[name].append(torch.sigmoid(evaluator(*page)[0])[shown].double().numpy())
+        exposed[name].append(torch.sigmoid(evaluator(*page)[0])[shown].double().numpy(force=True))
 
 
 @torch.no_grad()
@@ -235,7 +235,7 @@ def refereed_clicks(network: RankingModel, samples: Samples, rows: np.ndarray, p
     """[R, K] click probability, by `network`'s evaluation evaluator, of pages [R, K] (rows of the ad table, -1 none) for ascending requests `rows`."""
     data = encode_exposed(network, samples, rows, whole_city=True, shown=pages)
     logit, _ = network.evaluation_evaluator(*(data[name] for name in PAGE_INPUTS))
-    return torch.sigmoid(logit).double().numpy() * data["mask"].numpy()
+    return torch.sigmoid(logit).double().numpy(force=True) * data["mask"].numpy(force=True)
 
 
 INCUMBENT = "incumbent"
@@ -248,8 +248,8 @@ def _incumbent(network: RankingModel, incumbent: Incumbent, pool: Pool, samples:
     served = allocate(incumbent.network, theirs)
     price = prices(incumbent.network, theirs, served, incumbent.mode)
     # Both pools hold the whole city in the same order, so positions carry over.
-    logit, _ = page_logits(network.evaluation_evaluator, pool, torch.from_numpy(served.pages))
-    ctr = torch.sigmoid(logit).double().numpy() * (served.pages >= 0)
+    logit, _ = page_logits(network.evaluation_evaluator, pool, pool.tensor(served.pages))
+    ctr = torch.sigmoid(logit).double().numpy(force=True) * (served.pages >= 0)
     unit = pool.unit[:, None]
     return _page_frame(INCUMBENT, pool, samples, served, price, ctr), _sum_frame(INCUMBENT, pool, samples, ctr, price * unit, served.bid * unit)
 
@@ -433,7 +433,7 @@ def trial_prices(network: RankingModel, pool: Pool, served: Audit, bidding: Bidd
         return bidding.bid
     if mode == "learned":
         with torch.no_grad():
-            return learned_prices(network, pool, served, bidding).double().numpy()
+            return learned_prices(network, pool, served, bidding).double().numpy(force=True)
     at = np.maximum(bidding.slot, 0)
     below = scores_below(pool, served)
     if mode == "vcg":
@@ -448,7 +448,7 @@ def trial_prices(network: RankingModel, pool: Pool, served: Audit, bidding: Bidd
 
 def scores_below(pool: Pool, pages: Audit) -> np.ndarray:
     """pCTR * bid of the ad below every slot of every counterfactual page, [B, J, K, K]; below the last: of the best ad that is on none of it."""
-    scores = torch.sigmoid(pool.click).double().numpy() * pool.bid.double().numpy() * pool.allowed.numpy()
+    scores = torch.sigmoid(pool.click).double().numpy(force=True) * pool.bid.double().numpy(force=True) * pool.allowed.numpy(force=True)
     batch, ads, slots = pages.theta.shape
     flat = pages.moved.reshape(batch, ads * slots, slots)
     below = np.zeros(flat.shape)

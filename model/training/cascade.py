@@ -57,7 +57,7 @@ def tower_metrics(network: Cascade, stage: str, samples: Samples, rows: np.ndarr
     count as missed by nobody. `score` is that recall, 0 when there is nothing to find."""
     recalls = []
     for requests, city, inputs in city_batches(samples, rows, 128):
-        scores = network.tower_scores(stage, inputs).numpy()
+        scores = network.tower_scores(stage, inputs).numpy(force=True)
         targets = [places[places >= 0] for places in (places_of(np.asarray(target), city.rows) for target in samples.target[requests])]
         recalls.append(recall_at(scores, targets, k))
     values = np.concatenate(recalls)
@@ -98,7 +98,7 @@ def calibrate_page(network: Cascade, samples: Samples, config: PretrainConfig, o
     """
     seen = calibrate_clicks(network, samples, config.calibration_requests, of_order)
     network.freeze_slots()
-    network.evaluator.slot[0] += seen.level(network.evaluator.slot[0].double().numpy())
+    network.evaluator.slot[0] += seen.level(network.evaluator.slot[0].double().numpy(force=True))
 
 
 CLICKED, SHOWN, RANKED_HIGH, RANKED_LOW, COARSE, PRERANK_NEGATIVE = 6, 5, 4, 3, 2, 1
@@ -121,11 +121,11 @@ def priorities(network: Cascade, samples: Samples, rows: np.ndarray) -> np.ndarr
         recalled, ranked = network.handed_on(states, inputs)
         candidate = samples.candidate[requests]
         place = np.stack([places_of(row, city.rows) for row in candidate])
-        at = torch.from_numpy(place).clamp(min=0)
+        at = samples.tensor(place).clamp(min=0)
         logit = network.click_head(*network.encode_from(states, inputs, at))
         real = place >= 0
-        in_recall, in_rank = (torch.gather(mask, 1, at).numpy() & real for mask in (recalled, ranked))
-        score = np.where(in_rank, logit.numpy(), np.nan)
+        in_recall, in_rank = (torch.gather(mask, 1, at).numpy(force=True) & real for mask in (recalled, ranked))
+        score = np.where(in_rank, logit.numpy(force=True), np.nan)
         with np.errstate(all="ignore"):
             middle = np.nanmedian(np.where(in_rank.any(1, keepdims=True), score, 0.0), axis=1, keepdims=True)
         label = np.where(in_rank, np.where(np.nan_to_num(score, nan=-np.inf) >= middle, RANKED_HIGH, RANKED_LOW), np.where(in_recall, COARSE, PRERANK_NEGATIVE))
@@ -134,7 +134,7 @@ def priorities(network: Cascade, samples: Samples, rows: np.ndarray) -> np.ndarr
         label[candidate < 0] = 0
         return requests, label
 
-    for requests, label in ahead(labelled, city_batches(samples, rows)):
+    for requests, label in ahead(labelled, city_batches(samples, rows), samples.device):
         result[np.searchsorted(rows, requests)] = label
     return result
 
@@ -157,7 +157,7 @@ def train_relabel(
     """
     rows = newest(samples.split_rows(schema.TRAIN), config.requests)
     check = newest(samples.split_rows(schema.VALIDATION), config.validation_requests)
-    priority = torch.from_numpy(priorities(network, samples, rows))
+    priority = samples.tensor(priorities(network, samples, rows))
     place = {int(row): index for index, row in enumerate(rows)}
 
     def scores(part: str, batch: Batch) -> Tensor:

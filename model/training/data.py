@@ -57,10 +57,10 @@ class City:
 
 
 class Samples:
-    """One sample folder. Arrays stay on disk; `batch` gathers what it needs."""
+    """One sample folder. Arrays stay on disk; `batch` gathers what it needs, on `device`."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        self.folder, self.device = Path(folder), torch.device(device)
         self.info = json.loads((self.folder / "samples.json").read_text())
         self.vocabulary_document = json.loads((self.folder / "vocab.json").read_text())
         """vocab.json as it is; goes into the bundle unchanged."""
@@ -126,12 +126,16 @@ class Samples:
             if len(theirs):
                 at = np.minimum(np.searchsorted(theirs, mine), len(theirs) - 1)
                 table[schema.FIRST_CODE :] = np.where(theirs[at] == mine, at + schema.FIRST_CODE, schema.UNKNOWN)
-            other._translation[name] = torch.from_numpy(table)
+            other._translation[name] = self.tensor(table)
         return other
+
+    def tensor(self, values: np.ndarray) -> Tensor:
+        """An array on the device; on a CPU without a copy."""
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
 
     def _fields(self, values: np.ndarray, fields: tuple[schema.Encoded, ...]) -> Tensor:
         """Encoded fields as int64, translated where a translation is set."""
-        tensor = torch.from_numpy(np.ascontiguousarray(values)).long()
+        tensor = self.tensor(values).long()
         for index, field in enumerate(fields):
             if field.vocabulary and self._translation:
                 tensor[..., index] = self._translation[field.vocabulary][tensor[..., index]]
@@ -142,13 +146,13 @@ class Samples:
         rows = np.where(ad_mask, ad_rows, 0)
         longest = max(1, int(self.history_lengths[requests].max(initial=1)))  # columns that are padding for all of them say nothing
         return Batch(
-            ad_fields=self._fields(np.asarray(self.ad_fields)[rows], schema.AD_FIELDS) * torch.from_numpy(ad_mask).unsqueeze(-1),
-            ad_mask=torch.from_numpy(ad_mask),
-            ad_place=torch.from_numpy(np.asarray(self.ad_place)[rows]),
+            ad_fields=self._fields(np.asarray(self.ad_fields)[rows], schema.AD_FIELDS) * self.tensor(ad_mask).unsqueeze(-1),
+            ad_mask=self.tensor(ad_mask),
+            ad_place=self.tensor(np.asarray(self.ad_place)[rows]),
             user_fields=self._fields(self.user_fields[requests], schema.USER_FIELDS),
             context_fields=self._fields(self.context_fields[requests], schema.CONTEXT_FIELDS),
             behaviours=self._fields(self.behaviours[requests, :longest], schema.BEHAVIOUR_FIELDS),
-            request_place=torch.from_numpy(self.request_place[requests]),
+            request_place=self.tensor(self.request_place[requests]),
         )
 
     def behaviour_inputs(self, requests: np.ndarray) -> Tensor:
@@ -175,12 +179,12 @@ class Samples:
         return TrainingBatch(
             requests=requests,
             inputs=self.inputs(requests, rows, mask),
-            click=torch.from_numpy(self.click[requests, :width]).float(),
-            purchase=torch.from_numpy(self.purchase[requests, :width]).float(),
-            exposed=torch.from_numpy(exposed),
-            log_inclusion=torch.from_numpy(self.log_inclusion[requests, :width]),
-            bid=torch.from_numpy(np.where(mask, bid / unit, 0.0)).float(),
-            reserve=torch.from_numpy(np.where(mask, reserve / unit, 0.0)).float(),
+            click=self.tensor(self.click[requests, :width]).float(),
+            purchase=self.tensor(self.purchase[requests, :width]).float(),
+            exposed=self.tensor(exposed),
+            log_inclusion=self.tensor(self.log_inclusion[requests, :width]),
+            bid=self.tensor(np.where(mask, bid / unit, 0.0)).float(),
+            reserve=self.tensor(np.where(mask, reserve / unit, 0.0)).float(),
         )
 
 

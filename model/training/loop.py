@@ -67,21 +67,36 @@ class Device:
     name: str = "cpu"
     threads: int = 2
     """CPU threads; part of the result: one and two threads round differently."""
-    compile: bool = False
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bf16 autocast on a GPU, plain float32 on CPU."""
         return torch.autocast("cuda", torch.bfloat16) if self.name.startswith("cuda") else nullcontext()
 
+    def require(self) -> None:
+        """Raises ValueError where there is no such device."""
+        if not self.name.startswith("cuda"):
+            return
+        if _several():
+            raise ValueError(f"training.device is {self.name}, but several processes train together on CPUs only; start one process, or set it to cpu")
+        count = torch.cuda.device_count()
+        if (torch.device(self.name).index or 0) >= count:
+            raise ValueError(f"training.device is {self.name}, but PyTorch {torch.__version__} sees {count} GPUs here; set it to cpu, or train where there is one")
+
     def enter(self) -> None:
         """Fix threads and deterministic kernels for this process."""
+        self.require()
         torch.set_num_threads(self.threads)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():  # torchrun
+        if _several() and not dist.is_initialized():
             dist.init_process_group("gloo")
         if self.name.startswith("cuda"):
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.set_deterministic_debug_mode("error")  # the same as use_deterministic_algorithms without loading the compiler, which takes seconds
         torch.utils.deterministic.fill_uninitialized_memory = False  # guards against reading garbage; costs 8 % here
+
+
+def _several() -> bool:
+    """Under torchrun with more than one process."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 @dataclass(frozen=True)

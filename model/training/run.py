@@ -36,7 +36,7 @@ class StageFiles:
 
 
 def train_stage(
-    stage: str, samples_folder: Path, network_config: NetworkConfig, config: TrainingConfig, out: Path, checkpoints: Path, seed: int, device: str = "cpu"
+    stage: str, samples_folder: Path, network_config: NetworkConfig, config: TrainingConfig, out: Path, checkpoints: Path, seed: int
 ) -> StageFiles:
     """Train one stage or find it done; raises if the previous stage is missing."""
     previous = previous_stage(network_config.kind, stage)
@@ -44,13 +44,13 @@ def train_stage(
     fingerprint = stage_fingerprint(stage, samples_folder, network_config, config, out, seed)
     if (done := finished(folder, fingerprint)) is not None:
         return done
-    where = Device(device, config.threads)
+    where = Device(config.device, config.threads)
     where.enter()
-    samples = Samples(samples_folder)
+    samples = Samples(samples_folder, where.name)
     for split, name in ((schema.TRAIN, "training"), (schema.VALIDATION, "validation")):
         if len(samples.split_rows(split)) == 0:
             raise ValueError(f"stage {stage}: {samples_folder} has no {name} requests that showed an ad; log more days or move the split days")
-    network = build_network(network_config, samples, seed)
+    network = build_network(network_config, samples, seed).to(where.name)
     if previous is not None:
         network.load_state_dict(load_tensors((Path(out) / previous / "model.safetensors").read_bytes()))
     result = _run(stage, network, samples, config, Path(checkpoints) / stage, where, fingerprint)
@@ -80,6 +80,7 @@ def stage_fingerprint(stage: str, samples_folder: Path, network_config: NetworkC
         "samples": sha256_of(Path(samples_folder) / "manifest.json") if (Path(samples_folder) / "manifest.json").exists() else sha256_of(Path(samples_folder) / "samples.json"),
         "network": TypeAdapter(NetworkConfig).dump_python(network_config, mode="json"),
         "config": json.loads(json.dumps(asdict(getattr(config.ega_v2 if network_config.kind == "ega_v2" else config, stage)))), "threads": config.threads, "seed": seed, "previous": previous,
+        **({} if config.device == "cpu" else {"device": config.device}),
     }  # fmt: skip
 
 
@@ -97,8 +98,8 @@ def finished(folder: Path, fingerprint: dict[str, Any]) -> StageFiles | None:
 
 
 def load_stage(stage: str, samples: Samples, network_config: NetworkConfig, out: Path, seed: int) -> RankingModel:
-    """The network as a finished stage left it, in evaluation mode."""
-    network = build_network(network_config, samples, seed)
+    """The network as a finished stage left it, in evaluation mode, where the samples go."""
+    network = build_network(network_config, samples, seed).to(samples.device)
     network.load_state_dict(load_tensors((Path(out) / stage / "model.safetensors").read_bytes()))
     return network.eval()
 

@@ -174,6 +174,8 @@ class TrainingConfig:
     """The stages of EGA (V2)."""
     threads: int = Field(2, ge=1)
     """CPU threads of every stage; part of the result."""
+    device: str = Field("cpu", pattern=r"^(cpu|cuda(:[0-9]+)?)$")
+    """Where every stage trains: cpu, cuda, or cuda:N. Part of the result. EGA (V2) trains on the CPU only."""
 
 
 def build_network(config: NetworkConfig, samples: Samples, seed: int) -> RankingModel:
@@ -223,7 +225,7 @@ def hide_ids(ad_fields_BNF: Tensor, rate: float, noise: torch.Generator) -> Tens
     """A copy in which each of HIDDEN_TOGETHER is UNKNOWN with probability `rate`, by request and ad; padding stays."""
     fields = ad_fields_BNF.clone()
     for names in HIDDEN_TOGETHER:
-        hidden = torch.rand(fields.shape[:-1], generator=noise) < rate
+        hidden = torch.rand(fields.shape[:-1], generator=noise).to(fields.device) < rate
         for name in names:
             column = AD_COLUMNS.index(name)
             fields[..., column] = torch.where(hidden & (fields[..., column] >= schema.FIRST_CODE), schema.UNKNOWN, fields[..., column])
@@ -259,7 +261,8 @@ def sampled_scores(network: RankingModel, samples: Samples, rows: np.ndarray, ba
         mask = b.inputs.ad_mask
         logit = network.click_head(*network.encode(b.inputs))
         user = np.broadcast_to(np.asarray(samples.user_id[b.requests])[:, None], mask.shape)
-        parts.append((torch.sigmoid(logit)[mask].numpy(), torch.sigmoid(in_slot(network, logit))[mask].numpy(), b.click[mask].numpy(), b.exposed[mask].numpy(), user[mask.numpy()]))
+        columns = (torch.sigmoid(logit), torch.sigmoid(in_slot(network, logit)), b.click, b.exposed)
+        parts.append((*(column[mask].numpy(force=True) for column in columns), user[mask.numpy(force=True)]))
     return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
 
 
@@ -295,7 +298,8 @@ def exposed_logits(network: RankingModel, samples: Samples, rows: np.ndarray, se
     few = spread(np.arange(len(rows)), seen_in_city)
     city = encode_exposed(network, samples, np.sort(rows)[few], whole_city=True)
     return ExposedLogits(
-        sampled["click_logit"].double().numpy(), sampled["click"].double().numpy(), sampled["mask"].numpy(), few, city["click_logit"].double().numpy(), city["mask"].numpy()
+        *(sampled[name].double().numpy(force=True) for name in ("click_logit", "click")), sampled["mask"].numpy(force=True), few,
+        city["click_logit"].double().numpy(force=True), city["mask"].numpy(force=True),
     )  # fmt: skip
 
 
@@ -307,7 +311,7 @@ def calibrate_clicks(network: RankingModel, samples: Samples, seen_in_city: int,
     ranks q b too little by the bid, and noise in a logit raises the mean of a small probability. Histories grow with time, too.
     """
     seen = exposed_logits(network, samples, samples.split_rows(schema.VALIDATION), seen_in_city)
-    slope = seen.slope(network.slot_logits().double().detach().numpy(), of_order)
+    slope = seen.slope(network.slot_logits().double().numpy(force=True), of_order)
     if not slope > 0:
         raise ValueError(f"calibration of pCTR: clicks of the validation days fall where the ranking score rises (slope {slope:.3g}); the network learned no order of clicks; train longer")
     level = seen.affine(slope, 0.0).level()
@@ -343,13 +347,13 @@ def spread(rows: np.ndarray, count: int) -> np.ndarray:
 # Frozen representations for the later stages
 
 
-def ahead(work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+def ahead(work: Callable[[Any], Any], items: Iterable[Any], device: torch.device) -> Iterator[Any]:
     """`work` on every item without gradients, results in order, a few items ahead of the reader.
 
     As many Python threads as PyTorch has, each computing with one: products this small gain nothing from being split, and a result
-    that one thread computed does not depend on how many work beside it.
+    that one thread computed does not depend on how many work beside it. A GPU works through its queue by itself.
     """
-    threads = torch.get_num_threads()
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
 
     def one(item: Any) -> Any:
         with torch.no_grad():
@@ -372,15 +376,20 @@ def ahead(work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         torch.set_num_threads(threads)
 
 
+MOST_TOKENS = 1 << 20
+"""Ads times requests that go through the network together: what a layer keeps of 10 requests of 100,000 ads is half a gigabyte at the paper's width."""
+
+
 def city_batches(samples: Samples, rows: np.ndarray, batch: int = 32) -> Iterator[tuple[np.ndarray, City, Batch]]:
-    """Requests [B] of one day and city, with that city and the inputs for its whole active catalogue."""
+    """Requests [B] of one day and city, with that city and the inputs for its whole active catalogue; fewer than `batch` where a city is large."""
     order = rows[np.lexsort((rows, samples.city_code[rows], samples.day[rows]))]
     place = np.stack([np.asarray(samples.day[order]), np.asarray(samples.city_code[order])], 1)
     ends = np.flatnonzero((place[1:] != place[:-1]).any(1)) + 1
     for group in np.split(order, ends) if len(order) else ():
         city = samples.city(int(samples.day[group[0]]), int(samples.city_code[group[0]]))
-        for start in range(0, len(group), batch):
-            requests = group[start : start + batch]
+        step = max(1, min(batch, MOST_TOKENS // max(1, len(city.rows))))
+        for start in range(0, len(group), step):
+            requests = group[start : start + step]
             yield requests, city, samples.inputs(requests, city.rows[None], np.ones((1, len(city.rows)), bool))
 
 
@@ -397,26 +406,26 @@ def encode_city(network: RankingModel, samples: Samples, rows: np.ndarray, candi
 
     def encoded(group: tuple[np.ndarray, City, Batch]) -> tuple[Any, ...]:
         requests, city, inputs = group
-        shown = torch.from_numpy(np.stack([places_of(page, city.rows) for page in samples.candidate[requests, : samples.slots]])).clamp(min=0)
+        shown = samples.tensor(np.stack([places_of(page, city.rows) for page in samples.candidate[requests, : samples.slots]])).clamp(min=0)
         h, user, reached = network.survey(network.city_states(inputs.ad_fields, inputs.ad_mask), inputs, shown)
         return (*group, h, user, reached, *network.heads(h, user))
 
-    for requests, city, inputs, h, user, reached, click, purchase in ahead(encoded, city_batches(samples, rows, batch)):
+    for requests, city, inputs, h, user, reached, click, purchase in ahead(encoded, city_batches(samples, rows, batch), samples.device):
         bid = np.broadcast_to(city.bid, click.shape)
-        chosen = _thin(torch.sigmoid(click).numpy() * bid, keep, draw)
-        index = torch.from_numpy(chosen)
+        chosen = _thin(torch.sigmoid(click).numpy(force=True) * bid, keep, draw)
+        index = samples.tensor(chosen)
         parts.append((
-            requests, take(h, index).numpy(), user.numpy(), torch.gather(click, 1, index).numpy(), torch.gather(purchase, 1, index).numpy(),
-            city.bid[chosen], city.reserve[chosen], city.rows[chosen], np.full(len(requests), city.unit), inputs.ad_fields[0, :, PAGE_COLUMNS].numpy()[chosen],
-            torch.gather(reached, 1, index).numpy(),
+            requests, *(x.numpy(force=True) for x in (take(h, index), user, torch.gather(click, 1, index), torch.gather(purchase, 1, index))),
+            city.bid[chosen], city.reserve[chosen], city.rows[chosen], np.full(len(requests), city.unit), inputs.ad_fields[0, :, PAGE_COLUMNS].numpy(force=True)[chosen],
+            torch.gather(reached, 1, index).numpy(force=True),
         ))  # fmt: skip
     columns = [_stack([part[i] for part in parts], keep) for i in range(11)]
     back = np.argsort(columns[0], kind="stable")
     requests, h, user, click, purchase, bid, reserve, ad_rows, unit, codes, mask = (column[back] for column in columns)
     real = ad_rows >= 0
     return Pool(
-        requests, torch.from_numpy(h), torch.from_numpy(codes * real[..., None]), torch.from_numpy(user), torch.from_numpy(click), torch.from_numpy(purchase),
-        torch.from_numpy(bid * real).float(), torch.from_numpy(reserve * real).float(), torch.from_numpy(mask), ad_rows, unit,
+        requests, *(samples.tensor(x) for x in (h, codes * real[..., None], user, click, purchase)), samples.tensor(bid * real).float(), samples.tensor(reserve * real).float(),
+        samples.tensor(mask), ad_rows, unit,
     )
 
 
@@ -459,7 +468,7 @@ def encode_exposed(
 
     def in_city(group: tuple[np.ndarray, City, Batch]) -> Part:
         requests, city, inputs = group
-        page = torch.from_numpy(np.stack([places_of(ads, city.rows) for ads in pages[np.searchsorted(rows, requests)]]))
+        page = samples.tensor(np.stack([places_of(ads, city.rows) for ads in pages[np.searchsorted(rows, requests)]]))
         h, user = network.encode(inputs, page.clamp(min=0))
         return requests, h, user, page >= 0, take(inputs.ad_fields[..., PAGE_COLUMNS].expand(len(page), -1, -1), page.clamp(min=0))
 
@@ -469,13 +478,13 @@ def encode_exposed(
         return chosen, h[:, :slots].contiguous(), user, b.exposed[:, :slots], b.inputs.ad_fields[:, :slots, PAGE_COLUMNS]
 
     if whole_city:
-        parts = list(ahead(in_city, city_batches(samples, rows)))
+        parts = list(ahead(in_city, city_batches(samples, rows), samples.device))
     else:
-        parts = list(ahead(in_sample, (rows[start : start + batch] for start in range(0, len(rows), batch))))
-    order = torch.from_numpy(np.argsort(np.concatenate([part[0] for part in parts]), kind="stable"))
+        parts = list(ahead(in_sample, (rows[start : start + batch] for start in range(0, len(rows), batch)), samples.device))
+    order = samples.tensor(np.argsort(np.concatenate([part[0] for part in parts]), kind="stable"))
     h, user, mask, codes = (torch.cat([part[i] for part in parts])[order] for i in (1, 2, 3, 4))
     click, purchase = network.heads(h, user)
-    labels = {name: torch.from_numpy(np.asarray(getattr(samples, name)[rows, :slots])).float() for name in ("click", "purchase")}
+    labels = {name: samples.tensor(np.asarray(getattr(samples, name)[rows, :slots])).float() for name in ("click", "purchase")}
     return {"h": h, "codes": codes * mask.unsqueeze(-1), "user": user, "click_logit": click, "purchase_logit": purchase, "mask": mask, **labels}
 
 
@@ -503,10 +512,11 @@ def train_reward(
     impressions = int(data["mask"].sum())
 
     def step(chosen: np.ndarray, noise: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        i = torch.from_numpy(chosen)
+        i = samples.tensor(chosen)
         mask = data["mask"][i]
         page = {name: data[name][i] for name in PAGE_INPUTS}
-        page["codes"] = torch.where(torch.rand(page["codes"].shape, generator=noise) < config.hidden_ids, page["codes"].clamp(max=schema.UNKNOWN), page["codes"])
+        hidden = torch.rand(page["codes"].shape, generator=noise).to(samples.device) < config.hidden_ids
+        page["codes"] = torch.where(hidden, page["codes"].clamp(max=schema.UNKNOWN), page["codes"])
         click, purchase = evaluator(*page.values())
         loss = masked_bce(click, data["click"][i], mask) + config.purchase_weight * masked_bce(purchase, data["purchase"][i], mask)
         return loss + evaluator.examination_prior(config.examination_deviation) / impressions, {}
@@ -518,7 +528,7 @@ def train_reward(
     with torch.no_grad():  # the level that the set-aware pCTR has on these pages: it stands on the clicks of all validation requests
         logit, _ = evaluator(*(check[name] for name in PAGE_INPUTS))
         level = float(torch.sigmoid(check["click_logit"])[check["mask"]].double().mean())
-        evaluator.level += level_for(logit[check["mask"]].double().numpy(), level) / evaluator.EXAMINATION_GAIN
+        evaluator.level += level_for(logit[check["mask"]].double().numpy(force=True), level) / evaluator.EXAMINATION_GAIN
     return result
 
 
@@ -527,7 +537,7 @@ def reward_metrics(evaluator: Evaluator, data: dict[str, Tensor]) -> dict[str, f
     """AUC, log-loss and Dev of an evaluator on exposed pages beside those of the set-aware pCTR; `score` is -log-loss."""
     mask = data["mask"]
     logit, _ = evaluator(*(data[name] for name in PAGE_INPUTS))
-    y, q, base = data["click"][mask].numpy(), torch.sigmoid(logit)[mask].numpy(), torch.sigmoid(data["click_logit"])[mask].numpy()
+    y, q, base = (x[mask].numpy(force=True) for x in (data["click"], torch.sigmoid(logit), torch.sigmoid(data["click_logit"])))
     return {
         "score": -log_loss(y, q), "auc": auc(y, q), "log_loss": log_loss(y, q), "dev": deviation(q, y),
         "set_auc": auc(y, base), "set_log_loss": log_loss(y, base),
@@ -558,7 +568,7 @@ def sample_page(score_BNK: Tensor, mask_BN: Tensor, noise: torch.Generator) -> t
     for slot in range(score_BNK.shape[-1]):
         left = free.any(1, keepdim=True)  # a city with fewer ads than slots runs out: position -1, which nothing was learnt from
         logp = torch.log_softmax(score_BNK[..., slot].masked_fill(~free & left, float("-inf")), -1)
-        uniform = torch.rand(logp.shape, generator=noise).clamp(1e-12, 1 - 1e-7)
+        uniform = torch.rand(logp.shape, generator=noise).to(logp.device).clamp(1e-12, 1 - 1e-7)
         choice = (logp.detach() - torch.log(-torch.log(uniform))).argmax(1)
         page.append(torch.where(left[:, 0], choice, -1))
         log_probability.append(logp.gather(1, choice.unsqueeze(1)).squeeze(1) * left[:, 0])
@@ -674,8 +684,8 @@ def payment_loss(network: EgaV1, batch: Pool, config: PaymentConfig, multipliers
     """
     pages = allocate(network, batch)
     truth, trials = truthful(batch, pages), try_bids(batch, pages, misreports(pages, config.misreports))
-    price = learned_prices(network, batch, pages, truth)
-    _, regret = regret_of(price, learned_prices(network, batch, pages, trials), truth, trials)
+    price, trial_price = (learned_prices(network, batch, pages, bidding).cpu() for bidding in (truth, trials))  # money is counted where the auction is
+    _, regret = regret_of(price, trial_price, truth, trials)
     clicks = torch.from_numpy(pages.ctr).float()
     scale = float((clicks * torch.from_numpy(pages.bid).float()).sum(1).mean())
     revenue = (price[..., 0] * clicks).sum(1).mean() / scale
@@ -725,8 +735,8 @@ def payment_metrics(network: EgaV1, pool: Pool, config: PaymentConfig, batch: in
         part = pool.take(np.arange(start, min(start + batch, len(pool.requests))))
         pages = allocate(network, part)
         truth, trials = truthful(part, pages), try_bids(part, pages, misreports(pages, config.misreports))
-        price = learned_prices(network, part, pages, truth)
-        utility, regret = regret_of(price, learned_prices(network, part, pages, trials), truth, trials)
+        price, trial_price = (learned_prices(network, part, pages, bidding).cpu() for bidding in (truth, trials))
+        utility, regret = regret_of(price, trial_price, truth, trials)
         sums += [float((price[..., 0].numpy() * pages.ctr).sum()), float((pages.critical * pages.ctr).sum()), float(regret.sum()), float(utility.sum())]
     revenue_share = sums[0] / sums[1] if sums[1] > 0 else float("nan")
     psi = sums[2] / sums[3] if sums[3] > 0 else float("nan")
