@@ -528,7 +528,7 @@ def _parts_removed(path: Path, data: Path | None, seed: int) -> dict[str, Any]:
             network = place.train(name, replace(place.config.model, **{"kind": "ega_v1", **change}), until="pretrain")
             q, placed, y, shown, _ = sampled_scores(network, place.samples, test, 128)
             served = encode_exposed(network, place.samples, test, whole_city=True)
-            pctr, clicked = (value[served["mask"]].numpy() for value in (torch.sigmoid(served["click_logit"]), served["click"]))
+            pctr, clicked = (value[served["mask"]].numpy(force=True) for value in (torch.sigmoid(served["click_logit"]), served["click"]))
             predicted, observed, _ = calibration_bins(clicked, pctr)
             rows[name] = {"auc": auc(y, q), "auc_exposed": auc(y[shown], placed[shown]), "dev": deviation(pctr, clicked), "clicks_over_predicted": (observed / predicted).tolist()}
         for name, substitutes in TRUTHS.items():

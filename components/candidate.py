@@ -92,7 +92,7 @@ def counting_baselines(logs: Path, samples_folder: Path, run_dir: Path, config: 
     from model.training.run import load_final
     from model.training.stages import newest
 
-    samples = Samples(samples_folder)
+    samples = Samples(samples_folder, config.training.device)
     network = load_final(samples, config.model, run_dir / "stages", seed)
     behaviours, requests = read_table(logs, "behaviours"), read_table(logs, "requests").set_index("request_id", drop=False)
     ads = read_table(logs, "ads").drop_duplicates("ad_id").set_index("ad_id")
@@ -134,7 +134,7 @@ def _city_scores(network: Any, samples: Any, rows: np.ndarray, config: Evaluatio
     for pool in pools_of(network, samples, rows, config):
         at = np.searchsorted(rows, pool.requests)[:, None]
         real = pool.ad_rows >= 0
-        scores[np.broadcast_to(at, real.shape)[real], pool.ad_rows[real]] = torch.sigmoid(pool.click).numpy()[real]
+        scores[np.broadcast_to(at, real.shape)[real], pool.ad_rows[real]] = torch.sigmoid(pool.click).numpy(force=True)[real]
     return scores
 
 
