@@ -62,7 +62,7 @@ def payments(run: Path, requests: int = 500, steps: int | None = None) -> dict[s
     if config.model.kind != "ega_v1":
         raise ValueError(f"{run} trained {config.model.kind}, which has no payment network; give a run of EGA-V1")
     device = Device(threads=config.training.threads)
-    device.enter()
+    device.enter(config.model.kind)
     samples = Samples(run / "samples")
     network = load_stage("rlaf", samples, config.model, run / "stages", config.seed)
     stage = replace(config.training.payment, **({"steps": steps} if steps else {}))

@@ -128,10 +128,13 @@ def _policies_of_seed(path: Path, quick: bool, sweep: bool, seed: int) -> dict[s
 
 def v2(config: Path | None = None, seeds: int = 5, quick: bool = False, keep: Path | None = None) -> dict[str, Any]:
     """EGA (V2), GR, MCA and EGA-V1 with ablations, with GSP and at truthful prices: true clicks, revenue and welfare, and what organic results lose."""
+    from model.training.loop import Device
     from pipelines.config import load_run_config
 
     path = config or DEFAULT
-    markets = seeds_of(load_run_config(path).seed, 1 if quick else seeds)
+    given = load_run_config(path)
+    Device(given.training.device).require("ega_v2")  # whatever kind the configuration itself is of
+    markets = seeds_of(given.seed, 1 if quick else seeds)
     seeds_found, minutes = side_by_side(path, {f"seed {seed}": partial(_policies_of_seed, path, quick, seed == markets[0], seed) for seed in markets}, keep)
     per_seed, lifts, regrets = ([each[name] for each in seeds_found] for name in ("rows", "lifts", "psi"))
     summary = {policy: mean_and_deviation([found[policy] for found in per_seed]) for policy in per_seed[0] if not policy.startswith("alpha")}

@@ -109,7 +109,7 @@ def market(path: Path, seed: int, data: Path | None, change: Callable[[RunConfig
     data = None if data is None else find_data(path.stem, data)
     config = load_run_config(path, seed=seed)
     config = config if change is None else change(config)
-    Device(config.training.device).require()
+    Device(config.training.device).require(config.model.kind)
     if config.world is None:
         raise ValueError(f"{path} names no world; the tables need a market whose truth is known")
     with tempfile.TemporaryDirectory(prefix="ega-tables-") as folder:
@@ -160,7 +160,7 @@ def side_by_side(path: Path, tasks: dict[str, Task], keep: Path | None) -> tuple
             say(f"{name}: from {keep / name}.json")
             found[name] = record["found"]
             minutes += record["minutes"]
-    for name, result, took in _run_tasks({name: task for name, task in tasks.items() if name not in found}, load_run_config(path).training.threads):
+    for name, result, took in _run_tasks({name: task for name, task in tasks.items() if name not in found}, *_at_once(load_run_config(path))):
         found[name] = result
         if keep is not None:
             write_atomic(keep / f"{name}.json", json.dumps({"of": of[name], "minutes": took, "found": finite_only(result)}).encode())
@@ -176,9 +176,15 @@ def _kept(file: Path, of: dict[str, Any]) -> dict[str, Any] | None:
         return None
 
 
-def _run_tasks(tasks: dict[str, Task], threads: int) -> Iterator[tuple[str, dict[str, Any], float]]:
+def _at_once(config: RunConfig) -> tuple[int, int]:
+    """How many tasks run at a time, and the threads of each: as many as the processors hold, and one on a GPU."""
+    threads = config.training.threads
+    return (os.cpu_count() or 1) // threads if config.training.device == "cpu" else 1, threads
+
+
+def _run_tasks(tasks: dict[str, Task], most: int, threads: int) -> Iterator[tuple[str, dict[str, Any], float]]:
     """Name, result and minutes of each task as it ends."""
-    at_once = min(len(tasks), (os.cpu_count() or 1) // threads)
+    at_once = min(len(tasks), most)
     if at_once <= 1:
         for name, task in tasks.items():
             yield name, *_timed(task)

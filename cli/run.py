@@ -46,11 +46,11 @@ def run_command(
 
 
 def _require_device(config: RunConfig) -> None:
-    """Raises ValueError where the configuration trains on a GPU and there is none: before the logs are made, not after."""
+    """Raises ValueError where the configuration's model cannot train on its device here: before the logs are made, not after."""
     if config.training.device != "cpu":
         from model.training.loop import Device
 
-        Device(config.training.device).require()
+        Device(config.training.device).require(config.model.kind)
 
 
 def _prepare(

@@ -77,11 +77,7 @@ class RunConfig:
     """The A/B test."""
 
     def __post_init__(self) -> None:
-        if self.model.kind != "ega_v2":
-            return
-        if self.training.device != "cpu":
-            raise ValueError(f"training.device is {self.training.device}, but model.kind ega_v2 trains on the CPU only; set it to cpu")
-        if self.world is None:
+        if self.model.kind != "ega_v2" or self.world is None:
             return
         v2, creatives, items = self.model.ega_v2, self.world.creatives, self.world.organic.items
         if creatives.per_ad < 2:

@@ -31,6 +31,8 @@ READS = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.d
 """Give a Python value: a copy that waits for the device."""
 INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default, aten._unsafe_index_put.default}
 """Take indices of the CPU everywhere."""
+TOGETHER = {aten.cat.default, aten.stack.default}
+"""Take no scalar of the CPU either."""
 NOT_DETERMINISTIC = ("cumsum", "cumprod", "put_", "histc", "bincount", "kthvalue", "median.dim", "nanmedian.dim", "grid_sampler_2d_backward", "reflection_pad1d_backward", "_ctc_loss")
 """Operations that raise on a GPU with `torch.use_deterministic_algorithms` (of the list in its documentation, the ones on floats or indices)."""
 
@@ -82,7 +84,7 @@ class _Far(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::")
         if far and func not in MOVES:
             taken = [id(x) for x in args[1] if x is not None] if func in INDEXED else []
-            stray = [x for x in tensors if not isinstance(x, Far) and x.dim() > 0 and id(x) not in taken]
+            stray = [x for x in tensors if not isinstance(x, Far) and (x.dim() > 0 or func in TOGETHER) and id(x) not in taken]
             if stray:
                 raise RuntimeError(f"{func}: tensors on two devices, among them {stray[0].dtype}{list(stray[0].shape)} on the CPU")
             if any(f"{name}.{func._overloadname}".startswith(each) for each in NOT_DETERMINISTIC) and far[0].is_floating_point():

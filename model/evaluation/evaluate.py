@@ -33,7 +33,7 @@ def evaluate_candidate(
     out: Path, seed: int, incumbent: Incumbent | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Replay the candidate of `stages` on the test days and judge it; returns (and writes) the metrics with the gates."""
-    Device(training.device, training.threads).enter()
+    Device(training.device, training.threads).enter(network_config.kind)
     samples = Samples(samples_folder, training.device)
     network = load_final(samples, network_config, stages, seed)
     if incumbent is not None:

@@ -30,6 +30,7 @@ from model.training.stages import (
     calibrate_clicks,
     city_batches,
     hide_ids,
+    in_float32,
     learn_clicks,
     newest,
     places_of,
@@ -75,7 +76,8 @@ def train_tower(network: Cascade, samples: Samples, config: TowerConfig, stage: 
         batch = samples.batch(chosen)
         batch.inputs.ad_fields = hide_ids(batch.inputs.ad_fields, config.hidden_ids, noise)
         with device.autocast():
-            return tower_loss(network.tower_scores(stage, batch.inputs), batch), {}
+            tower = network.tower_vectors(stage, batch.inputs)
+            return tower_loss(in_float32(network.tower(stage).scores, *tower), batch), {}
 
     def validate() -> dict[str, float]:
         return tower_metrics(network, stage, samples, check, config.recall_at)
@@ -161,7 +163,7 @@ def train_relabel(
     place = {int(row): index for index, row in enumerate(rows)}
 
     def scores(part: str, batch: Batch) -> Tensor:
-        return network.tower_scores(part, batch) if part in TOWERS else network.click_head(*network.encode(batch))
+        return in_float32(network.tower(part).scores, *network.tower_vectors(part, batch)) if part in TOWERS else in_float32(network.click_head, *network.encode(batch))
 
     def train(part: str, validate: Callable[[], dict[str, float]]) -> StageResult:
         def step(chosen: np.ndarray, noise: torch.Generator) -> tuple[Tensor, dict[str, float]]:

@@ -72,8 +72,10 @@ class Device:
         """bf16 autocast on a GPU, plain float32 on CPU."""
         return torch.autocast("cuda", torch.bfloat16) if self.name.startswith("cuda") else nullcontext()
 
-    def require(self) -> None:
-        """Raises ValueError where there is no such device."""
+    def require(self, kind: str) -> None:
+        """Raises ValueError where there is no such device, or models of this kind cannot train on it."""
+        if kind == "ega_v2" and self.name != "cpu":
+            raise ValueError(f"training.device is {self.name}, but model.kind ega_v2 trains on the CPU only; set it to cpu")
         if not self.name.startswith("cuda"):
             return
         if _several():
@@ -82,14 +84,15 @@ class Device:
         if (torch.device(self.name).index or 0) >= count:
             raise ValueError(f"training.device is {self.name}, but PyTorch {torch.__version__} sees {count} GPUs here; set it to cpu, or train where there is one")
 
-    def enter(self) -> None:
+    def enter(self, kind: str) -> None:
         """Fix threads and deterministic kernels for this process."""
-        self.require()
+        self.require(kind)
         torch.set_num_threads(self.threads)
         if _several() and not dist.is_initialized():
             dist.init_process_group("gloo")
         if self.name.startswith("cuda"):
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.cuda.set_device(torch.device(self.name).index or 0)  # autocast asks the current one
         torch.set_deterministic_debug_mode("error")  # the same as use_deterministic_algorithms without loading the compiler, which takes seconds
         torch.utils.deterministic.fill_uninitialized_memory = False  # guards against reading garbage; costs 8 % here
 

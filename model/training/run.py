@@ -45,7 +45,7 @@ def train_stage(
     if (done := finished(folder, fingerprint)) is not None:
         return done
     where = Device(config.device, config.threads)
-    where.enter()
+    where.enter(network_config.kind)
     samples = Samples(samples_folder, where.name)
     for split, name in ((schema.TRAIN, "training"), (schema.VALIDATION, "validation")):
         if len(samples.split_rows(split)) == 0:

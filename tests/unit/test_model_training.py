@@ -263,7 +263,7 @@ def test_log_q_recovers_the_true_probabilities() -> None:
     for correction, expected in (("log_q", p), ("none", p / (p + (1 - p) * pi))):
         logit = torch.zeros(4, requires_grad=True)
         stub = SimpleNamespace(
-            encode=lambda inputs: (torch.zeros(1, 1, 1), None),
+            encode=lambda inputs: (torch.zeros(1, 1, 1), torch.zeros(1, 1)),
             heads=lambda h, user, logit=logit: (logit[kind][None], logit[kind][None].detach()),
             unexposed_logits=lambda logit, task: logit,
             config=SimpleNamespace(slots=len(kind)),
