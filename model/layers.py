@@ -7,7 +7,7 @@ Masks are true where a token is real. Every layer ignores masked tokens exactly.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +92,12 @@ def _cache_parts(rows: Tensor) -> list[slice]:
     """Slices of rows that fit a CPU's cache several times over; all at once elsewhere."""
     count = len(rows) if rows.device.type != "cpu" else max(256, 65_536 // max(1, rows.shape[1]))
     return [slice(start, start + count) for start in range(0, len(rows), max(1, count))]
+
+
+def in_float32(scores: Callable[..., Any], *inputs: Tensor) -> Any:
+    """`scores` of representations, outside of autocast: near the log-odds of a rare click bfloat16 has steps of .03."""
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        return scores(*(x.float() for x in inputs))
 
 
 def multi_head_attention(query_BND: Tensor, key_BMD: Tensor, value_BMD: Tensor, heads: int, mask_BM: Tensor | None = None, dropout: float = 0.0) -> Tensor:

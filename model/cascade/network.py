@@ -16,7 +16,7 @@ from model.cascade.din import Din
 from model.cascade.dssm import Dssm
 from model.cascade.sasrec import SasRec
 from model.ega_v1.network import Batch, Evaluator, HybridFeatures, NetworkConfig, RankingModel, VocabularySizes
-from model.layers import take
+from model.layers import in_float32, take
 
 TOWERS = ("recall", "prerank")
 
@@ -97,14 +97,10 @@ class Cascade(RankingModel):
         """The network of one of TOWERS."""
         return self.recall if stage == "recall" else self.prerank
 
-    def tower_vectors(self, stage: str, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What one of TOWERS scores by: [B, D] of the requests and [B, N, D] of the ads."""
-        tower = self.tower(stage)
-        return tower.request_vectors(self._newest(batch)), tower.ad_vectors(batch.ad_fields)
-
     def tower_scores(self, stage: str, batch: Batch) -> Tensor:
         """Scores [B, N] of one of TOWERS."""
-        return self.tower(stage).scores(*self.tower_vectors(stage, batch))
+        tower = self.tower(stage)
+        return in_float32(tower.scores, tower.request_vectors(self._newest(batch)), tower.ad_vectors(batch.ad_fields))
 
     def city_states(self, ad_fields: Tensor, ad_mask: Tensor) -> Tensor:
         """[1, N, 3 D]: the vectors of recall, of pre-ranking, and the embeddings that DIN reads."""

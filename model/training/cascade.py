@@ -20,6 +20,7 @@ from marketplace import schema
 from model.cascade.network import TOWERS, Cascade
 from model.ega_v1.network import Batch
 from model.evaluation.metrics import recall_at
+from model.layers import in_float32
 from model.training.data import Samples, TrainingBatch
 from model.training.loop import Device, StageResult, run_stage
 from model.training.stages import (
@@ -30,7 +31,6 @@ from model.training.stages import (
     calibrate_clicks,
     city_batches,
     hide_ids,
-    in_float32,
     learn_clicks,
     newest,
     places_of,
@@ -76,8 +76,7 @@ def train_tower(network: Cascade, samples: Samples, config: TowerConfig, stage: 
         batch = samples.batch(chosen)
         batch.inputs.ad_fields = hide_ids(batch.inputs.ad_fields, config.hidden_ids, noise)
         with device.autocast():
-            tower = network.tower_vectors(stage, batch.inputs)
-            return tower_loss(in_float32(network.tower(stage).scores, *tower), batch), {}
+            return tower_loss(network.tower_scores(stage, batch.inputs), batch), {}
 
     def validate() -> dict[str, float]:
         return tower_metrics(network, stage, samples, check, config.recall_at)
@@ -163,7 +162,7 @@ def train_relabel(
     place = {int(row): index for index, row in enumerate(rows)}
 
     def scores(part: str, batch: Batch) -> Tensor:
-        return in_float32(network.tower(part).scores, *network.tower_vectors(part, batch)) if part in TOWERS else in_float32(network.click_head, *network.encode(batch))
+        return network.tower_scores(part, batch) if part in TOWERS else in_float32(network.click_head, *network.encode(batch))
 
     def train(part: str, validate: Callable[[], dict[str, float]]) -> StageResult:
         def step(chosen: np.ndarray, noise: torch.Generator) -> tuple[Tensor, dict[str, float]]:

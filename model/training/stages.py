@@ -26,7 +26,7 @@ from model.ega_v1.network import AD_COLUMNS, PAGE_COLUMNS, Batch, EgaV1, Evaluat
 from model.ega_v2.stages import V2TrainingConfig
 from model.evaluation.metrics import auc, deviation, log_loss
 from model.kinds import create
-from model.layers import masked_bce, take
+from model.layers import in_float32, masked_bce, take
 from model.training.calibration import ExposedLogits, level_for
 from model.training.data import City, Samples, TrainingBatch, geo_table, vocabulary_sizes
 from model.training.loop import Device, LoopConfig, StageResult, run_stage
@@ -214,12 +214,6 @@ def pretrain_loss(network: RankingModel, batch: TrainingBatch, config: PretrainC
         losses = F.binary_cross_entropy_with_logits(logit, label, reduction="none") * torch.where(batch.exposed, config.exposed_weight, 1.0)
         total = total + weight * (losses * mask).sum() / (len(batch.requests) * network.config.slots)
     return total
-
-
-def in_float32(scores: Callable[..., Any], *inputs: Tensor) -> Any:
-    """`scores` of representations, outside of autocast: near the log-odds of a rare click bfloat16 has steps of .03."""
-    with torch.autocast(inputs[0].device.type, enabled=False):
-        return scores(*(x.float() for x in inputs))
 
 
 HIDDEN_TOGETHER = (("ad", "creative"), ("advertiser",), ("poi",))

@@ -6,9 +6,11 @@ import os
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from far_device import FAR, far_device
@@ -24,7 +26,7 @@ from marketplace import schema
 from model.ega_v1.network import NetworkConfig
 from model.evaluation.evaluate import evaluate_candidate
 from model.evaluation.gates import GateConfig
-from model.evaluation.replay import EvaluationConfig, Incumbent, replay
+from model.evaluation.replay import EvaluationConfig, Incumbent
 from model.kinds import STAGES
 from model.training import loop, stages
 from model.training.checkpoint import save_checkpoint
@@ -35,7 +37,7 @@ from model.training.stages import TrainingConfig, build_network, encode_city
 from pipelines.config import RunConfig
 
 CONFIGURATIONS = {
-    "ega_v1": replace(NETWORK, cross_features=True, auction_blocks=2), "dice": replace(NETWORK, exact_behaviours=0, qkv_activation="none", fusion_after=(1,)), "fs_ltr": replace(CASCADE, cross_features=True),
+    "ega_v1": replace(NETWORK, cross_features=True, auction_blocks=2), "clustered": replace(NETWORK, exact_behaviours=0, qkv_activation="none", fusion_after=(1,)), "fs_ltr": replace(CASCADE, cross_features=True),
 }  # fmt: skip
 
 
@@ -122,12 +124,13 @@ def test_a_killed_stage_resumes_far_from_the_cpu_to_the_same_bytes(samples: Path
 
 def test_an_incumbent_is_read_where_the_candidate_is(samples: Path, tmp_path: Path) -> None:
     """An incumbent comes from a bundle, on the CPU; its ids are translated there."""
-    found = Samples(samples)
-    half = {name: ids[::2] for name, ids in found.vocabulary.items()}
+    model, found = CONFIGURATIONS["ega_v1"], Samples(samples)
+    older = Incumbent(build_network(model, found, 2).eval(), {name: ids[::2] for name, ids in found.vocabulary.items()}, "critical", "a" * 12)
+    for stage in STAGES[model.kind]:
+        train_stage(stage, samples, model, TRAINING, tmp_path / "stages", tmp_path / "checkpoints", seed=5)
     with far_device():
-        there = Samples(samples, str(FAR))
-        network, older = (build_network(CONFIGURATIONS["ega_v1"], there, seed).eval() for seed in (1, 2))
-        result = replay(network.to(FAR), there, EvaluationConfig(requests=8, batch=4), Incumbent(older.to(FAR), half, "critical", "a" * 12))
+        evaluate_candidate(samples, tmp_path / "stages", model, on(str(FAR)), EvaluationConfig(requests=8, batch=4), GateConfig(), tmp_path / "evaluation", 5, older)
+    result = SimpleNamespace(per_request=pd.read_parquet(tmp_path / "evaluation" / "per_request.parquet"))
     assert set(result.per_request["policy"]) >= {"incumbent", "logged", "ega_v1/critical"}
 
 
